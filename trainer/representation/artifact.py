@@ -1,0 +1,153 @@
+"""A directory that is either whole or not there: bundles and checkpoints are written this way.
+
+In: named files as bytes. Out: a directory whose manifest.json holds the size and sha256 of each.
+Written under a temporary name, every file and the directory synchronised to disk, then renamed.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactError(Exception):
+    """A directory that is not what its manifest says; the message names the file."""
+
+
+def write_artifact(
+    directory: str | Path, files: Mapping[str, bytes], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write `files` and a manifest of `facts` plus their hashes as one directory, all or nothing.
+
+    An older artifact of the same name is replaced only when the new one is complete on disk. On any
+    error nothing of the new one is left behind and the older one stays.
+
+    Returns:
+        the manifest as written: `facts` with `files` = {path: {sha256, size_bytes}}.
+
+    Raises:
+        OSError: the directory cannot be written (full disk, no permission).
+        ArtifactError: `directory` exists and is no artifact, so replacing it would destroy it.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{directory} exists and has no {MANIFEST}: it is not replaced; choose another name"
+        )
+    manifest = dict(facts)
+    manifest["files"] = file_entries(files)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:12]
+    fresh = directory.parent / f".{directory.name}.new-{token}"
+    retired = directory.parent / f".{directory.name}.old-{token}"
+    try:
+        fresh.mkdir()
+        for name, content in files.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_synchronised(path, content)
+        _write_synchronised(fresh / MANIFEST, json.dumps(manifest, indent=1).encode())
+        for folder, _, _ in os.walk(fresh):
+            _synchronise_directory(Path(folder))
+        if directory.exists():
+            directory.rename(retired)
+        fresh.rename(directory)
+        _synchronise_directory(directory.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if retired.exists() and not directory.exists():
+            retired.rename(directory)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+    return manifest
+
+
+def file_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of `files`: {name: {sha256, size_bytes}}, sorted by name."""
+    return {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        for name, content in sorted(files.items())
+    }
+
+
+def open_artifact(directory: str | Path) -> dict[str, Any]:
+    """Return the manifest after checking the size and hash of every file it names.
+
+    Raises:
+        ArtifactError: no manifest, or a file missing, of another size or of another content.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name in manifest["files"]:
+        verify_file(directory, manifest, name)
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read manifest.json and check its form, without looking at the other files."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} is missing: {directory} is incomplete or no artifact"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{path} lists no files")
+    for name, entry in files.items():
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise ArtifactError(f"{path} names {name!r}, which lies outside {directory}")
+        if not isinstance(entry, dict) or not {"sha256", "size_bytes"} <= set(entry):
+            raise ArtifactError(f"{path} gives no sha256 and size_bytes for {name!r}")
+    return manifest  # type: ignore[no-any-return]
+
+
+def verify_file(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """Check one file against the manifest and return its path."""
+    path, entry = directory / name, manifest["files"][name]
+    try:
+        size = path.stat().st_size
+        if size != entry["size_bytes"]:
+            raise ArtifactError(
+                f"{path} has {size} bytes, its manifest says {entry['size_bytes']}: "
+                "it was cut short or replaced"
+            )
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    if digest != entry["sha256"]:
+        raise ArtifactError(
+            f"{path} is damaged or was replaced: its sha256 is {digest[:16]}..., its manifest says "
+            f"{str(entry['sha256'])[:16]}..."
+        )
+    return path
+
+
+def _write_synchronised(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _synchronise_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot synchronise a directory
+            raise
+    finally:
+        os.close(descriptor)
