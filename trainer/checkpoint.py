@@ -1,0 +1,222 @@
+"""All state of a training run on disk, so that it can go on as if it had never stopped.
+
+In: encoder, bank, optimiser, random generators, position, metrics. Out: a directory
+`epoch-0003-step-00123` of safetensors and JSON, nothing that can run code, written whole or not at
+all; the newest few are kept, the newest that is undamaged is what a resumed run reads.
+"""
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainer.encoder import Encoder
+from trainer.memory_bank import MemoryBank
+from trainer.representation.artifact import ArtifactError, open_artifact, write_artifact
+from trainer.schedule import Position
+
+SCHEMA = "invprop.checkpoint/1"
+ENCODER, BANK, OPTIMISER, RANDOM = (
+    f"{part}.safetensors" for part in ("encoder", "bank", "optimiser", "random")
+)
+STATE = "state.json"
+_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
+
+
+class CheckpointError(Exception):
+    """Checkpoints that cannot be read; the message names the files."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The live objects of a run: saving reads them, restoring writes into them."""
+
+    encoder: Encoder
+    bank: MemoryBank
+    optimiser: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What else a run has to know to go on."""
+
+    position: Position
+    recipe: Mapping[str, Any]  # resolved
+    data_fingerprint: str
+    running: Mapping[str, Any]  # sums over the epoch that is under way, as JSON values
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl so far
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was compared with its hashes."""
+
+    directory: Path
+    progress: Progress
+
+    def restore(self, state: TrainingState) -> None:
+        """Write encoder, bank, optimiser and the global random generators back."""
+        read = {
+            name: safetensors.torch.load((self.directory / name).read_bytes())
+            for name in (ENCODER, BANK, OPTIMISER, RANDOM)
+        }
+        content = json.loads((self.directory / STATE).read_bytes())
+        state.encoder.load_state_dict(read[ENCODER])
+        state.bank.load_state_dict(read[BANK])
+        state.optimiser.load_state_dict(_unflatten(content["optimiser"], read[OPTIMISER]))
+        _restore_random(content["random"], read[RANDOM])
+
+
+def save_checkpoint(
+    directory: Path, state: TrainingState, progress: Progress, *, keep: int
+) -> Path:
+    """Write a checkpoint below `directory` and remove all but the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable; what was there stays.
+    """
+    tensors: dict[str, Tensor] = {}
+    optimiser = _flatten(state.optimiser.state_dict(), "", tensors)
+    random_values, random_tensors = _random_state()
+    content = {
+        "schema": SCHEMA,
+        "position": list(progress.position),
+        "recipe": dict(progress.recipe),
+        "data_fingerprint": progress.data_fingerprint,
+        "running": dict(progress.running),
+        "metrics": progress.metrics,
+        "optimiser": optimiser,
+        "random": random_values,
+    }
+    files = {
+        ENCODER: _serialise(state.encoder.state_dict()),
+        BANK: _serialise(state.bank.state_dict()),
+        OPTIMISER: _serialise(tensors),
+        RANDOM: _serialise(random_tensors),
+        STATE: json.dumps(content).encode(),
+    }
+    epoch, step = progress.position
+    path = directory / f"epoch-{epoch:04d}-step-{step:06d}"
+    write_artifact(path, files, {"schema": SCHEMA})
+    for old in checkpoints(directory)[keep:]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints below `directory`, newest first, undamaged or not."""
+    if not directory.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    named = [((int(match[1]), int(match[2])), path) for match, path in found if match]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def newest_checkpoint(directory: Path, warn: Callable[[str], object]) -> Checkpoint | None:
+    """Open the newest undamaged checkpoint; None where there is none at all.
+
+    Args:
+        warn: told of each damaged checkpoint that was passed over.
+
+    Raises:
+        CheckpointError: there are some and none can be read.
+    """
+    problems = []
+    for path in checkpoints(directory):
+        try:
+            checkpoint = _open(path)
+        except ArtifactError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warn(f"damaged checkpoint: {problem}. Going back to the older {path.name}")
+        return checkpoint
+    if problems:
+        raise CheckpointError(
+            f"none of the checkpoints in {directory} can be read: {'; '.join(problems)}. "
+            "Restore one of them from a copy, or start anew in another folder"
+        )
+    return None
+
+
+def _open(path: Path) -> Checkpoint:
+    manifest = open_artifact(path)
+    if manifest.get("schema") != SCHEMA or STATE not in manifest["files"]:
+        raise ArtifactError(f"{path} has schema {manifest.get('schema')!r}, wanted {SCHEMA!r}")
+    content = json.loads((path / STATE).read_bytes())
+    epoch, step = content["position"]
+    return Checkpoint(
+        path,
+        Progress(
+            position=Position(epoch, step),
+            recipe=content["recipe"],
+            data_fingerprint=content["data_fingerprint"],
+            running=content["running"],
+            metrics=content["metrics"],
+        ),
+    )
+
+
+def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
+    # safetensors wants dense tensors of their own; channels_last weights are not.
+    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content: bytes = safetensors.torch.save(owned)
+    return content
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace each tensor in nested dicts and lists by {"tensor": name}, collected in `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, dict):
+        items = [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}  # pairs: JSON would turn the whole numbers among the keys to text
+    if isinstance(value, list | tuple):
+        return [_flatten(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _unflatten(item, tensors) for key, item in value["dict"]}
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    return value
+
+
+def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The global generators of Python, numpy and torch as JSON values and tensors."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state()}
+    for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
+        tensors[f"cuda.{index}"] = cuda_state
+    values = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    return values, tensors
+
+
+def _restore_random(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    version, internal, gauss = values["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    saved = [name for name in tensors if name.startswith("cuda.")]
+    if len(saved) == torch.cuda.device_count():  # another machine: nothing is drawn there anyway
+        for name in saved:
+            torch.cuda.set_rng_state(tensors[name], int(name.removeprefix("cuda.")))

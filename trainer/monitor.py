@@ -1,0 +1,126 @@
+"""What is watched while training: the kNN accuracy of the embeddings, and signs of collapse.
+
+In: the encoder with un-augmented images, or the figures of an epoch. Out: an accuracy, a verdict.
+Labels are read here and nowhere else in training.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.config import MonitorConfig
+from trainer.datasets import ImageSource
+from trainer.decoding import DecodePool, prepare_all
+from trainer.encoder import Encoder, embed_images
+from trainer.representation.preprocess import InputContract
+from trainer.representation.protocols import knn_accuracy
+
+EMBEDDED_TOGETHER = 256  # images in one forward pass
+
+# Collapse: the instance loss tells no image from another (ln of how many compete) ...
+COLLAPSE_LOSS_MARGIN = 0.02  # within this share of it
+# ... and all embeddings of a batch are equally similar. Directions drawn at random in D dimensions
+# differ by 1 / sqrt(D), 0.088 at 128; a collapsed digits run shows less than a tenth of that.
+COLLAPSE_SPREAD = 0.02
+
+
+class Monitor(Protocol):
+    """Anything that scores an encoder."""
+
+    def measure(self, encoder: Encoder, device: torch.device) -> float:
+        """A figure in 0..1."""
+        ...
+
+
+@dataclass(frozen=True)
+class KnnMonitor:
+    """Weighted kNN accuracy on images as the service will see them.
+
+    Held-out images are asked against training images; without held-out ones, training images
+    against each other, none voting on itself.
+    """
+
+    gallery: NDArray[np.uint8]  # (N, S, S, 3)
+    gallery_labels: NDArray[np.int64]  # (N,)
+    queries: NDArray[np.uint8] | None  # (Q, S, S, 3); None: leave one out
+    query_labels: NDArray[np.int64]
+    k: int
+
+    def measure(self, encoder: Encoder, device: torch.device) -> float:
+        """The share of images, 0..1, whose neighbours vote for their own class."""
+        gallery = _embed(encoder, self.gallery, device)
+        if self.queries is None:
+            queries, exclude = gallery, np.arange(len(gallery))
+        else:
+            queries, exclude = _embed(encoder, self.queries, device), None
+        return knn_accuracy(
+            queries, self.query_labels, gallery, self.gallery_labels, k=self.k, exclude=exclude
+        )
+
+
+def build_knn_monitor(
+    train: ImageSource,
+    held_out: ImageSource,
+    config: MonitorConfig,
+    contract: InputContract,
+    pool: DecodePool,
+    *,
+    seed: int,
+) -> KnnMonitor | None:
+    """Prepare the images the monitor looks at, at most `config.max_images` on either side.
+
+    Returns:
+        None where there are no labels.
+    """
+    if train.labels is None:
+        return None
+    shown = _some(train, config.max_images, seed)
+    asked = _some(held_out, config.max_images, seed)
+    assert shown.labels is not None and asked.labels is not None  # as train.labels
+    leave_one_out = len(asked) == 0
+    gallery = prepare_all(shown, contract, pool)
+    return KnnMonitor(
+        gallery=gallery,
+        gallery_labels=shown.labels,
+        queries=None if leave_one_out else prepare_all(asked, contract, pool),
+        query_labels=shown.labels if leave_one_out else asked.labels,
+        k=min(config.knn_k, len(gallery) - leave_one_out),
+    )
+
+
+def spread(embeddings: Tensor) -> Tensor:
+    """Standard deviation, 0-d, of the similarities among the (B, D) embeddings of a batch."""
+    rows = embeddings.detach().float()
+    others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return (rows @ rows.T)[others].std(correction=0)
+
+
+def is_collapsed(
+    instance_loss: float, similarity_spread: float, *, num_background: int, num_images: int
+) -> bool:
+    """Whether an epoch's mean figures say that all images look alike to the encoder."""
+    chance = math.log(min(num_background, num_images))
+    near = abs(instance_loss - chance) <= COLLAPSE_LOSS_MARGIN * chance
+    return near and similarity_spread < COLLAPSE_SPREAD
+
+
+def _some(source: ImageSource, count: int, seed: int) -> ImageSource:
+    if len(source) <= count:
+        return source
+    drawn = np.random.default_rng([seed, count]).permutation(len(source))[:count]
+    return source.subset(np.sort(drawn))
+
+
+def _embed(
+    encoder: Encoder, images: NDArray[np.uint8], device: torch.device
+) -> NDArray[np.float32]:
+    batches = (
+        images[first : first + EMBEDDED_TOGETHER]
+        for first in range(0, len(images), EMBEDDED_TOGETHER)
+    )
+    return embed_images(encoder, batches, device)[1]
