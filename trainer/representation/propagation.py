@@ -93,26 +93,35 @@ def hardest_positives(reached: Array, similarities: Array, count: int) -> Array:
     Returns:
         (B, P) ids, least similar first (equal ones in their order in `reached`), -1 where fewer.
     """
-    return _pick(reached, similarities, count)
+    return pick_positives(reached, similarities, count, hardest=True)[0]
 
 
-def easiest_positives(reached: Array, similarities: Array, count: int) -> Array:
-    """Pick the `count` reached ids that are most similar to the anchor: the paper's ablation."""
-    return _pick(reached, -similarities, count)
+def pick_positives(
+    reached: Array, similarities: Array, count: int, *, hardest: bool
+) -> tuple[Array, Array]:
+    """Pick positives and say how similar they are.
 
+    Args:
+        reached, similarities, count: as in `hardest_positives`.
+        hardest: the least similar; otherwise the most similar, the paper's ablation.
 
-def _pick(reached: Array, keys: Array, count: int) -> Array:
+    Returns:
+        (B, P) ids, -1 where fewer, and their (B, P) similarities, 0 where the id is -1.
+    """
     if count < 1:
         raise ValueError(f"the number of positives must be at least 1, got {count}")
-    xp = array_namespace(reached, keys)
-    keys = xp.where(reached >= 0, keys, xp.inf)
+    xp = array_namespace(reached, similarities)
+    keys = xp.where(reached >= 0, similarities if hardest else -similarities, xp.inf)
     order = xp.argsort(keys, axis=1, stable=True)[:, :count]
-    picked = xp.take_along_axis(reached, order, axis=1)
-    missing = count - picked.shape[1]
-    if missing > 0:
-        fill = xp.full((picked.shape[0], missing), -1, dtype=picked.dtype, device=device(picked))
-        picked = xp.concat([picked, fill], axis=1)
-    return picked
+    ids = xp.take_along_axis(reached, order, axis=1)
+    picked = xp.where(ids >= 0, xp.take_along_axis(similarities, order, axis=1), 0.0)
+    shape = (ids.shape[0], count - ids.shape[1])
+    if shape[1] > 0:
+        none = xp.full(shape, -1, dtype=ids.dtype, device=device(ids))
+        ids = xp.concat([ids, none], axis=1)
+        zeros = xp.zeros(shape, dtype=picked.dtype, device=device(picked))
+        picked = xp.concat([picked, zeros], axis=1)
+    return ids, picked
 
 
 def _first_in_row(ids: Array) -> Array:
