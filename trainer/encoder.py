@@ -138,7 +138,9 @@ def embed_images(
 
 def pixels_from_uint8(images: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in 0..1, as every encoder takes them."""
-    return images.permute(0, 3, 1, 2).to(torch.float32) / 255
+    # Contiguous, because with the permuted strides global pooling would export as a gather.
+    pixels = images.permute(0, 3, 1, 2)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def _small(size_px: int) -> tuple[nn.Module, int]:
