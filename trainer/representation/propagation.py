@@ -69,16 +69,17 @@ def all_walks(graph: KnnGraph, anchors: Array, steps: int) -> Reached:
     for hop in range(1, steps + 1):
         alive = frontier >= 0
         rows = xp.reshape(xp.where(alive, frontier, 0), (-1,))
-        nexts = xp.reshape(xp.take(graph.neighbours, rows, axis=0), (batch, -1, k))
+        width = frontier.shape[1]  # stated, not -1: a batch of none leaves -1 undetermined
+        nexts = xp.reshape(xp.take(graph.neighbours, rows, axis=0), (batch, width, k))
         nexts = xp.where(alive[:, :, None], nexts, -1)  # (B, width, K)
         parents = xp.broadcast_to(frontier[:, :, None], nexts.shape)
-        frontier = xp.reshape(nexts, (batch, -1))
+        frontier = xp.reshape(nexts, (batch, width * k))
         ids.append(frontier)
         broken = frontier < 0
         where = {"device": device(frontier)}
         hop_here = xp.full(frontier.shape, hop, dtype=frontier.dtype, **where)
         hops.append(xp.where(broken, -1, hop_here))
-        via.append(xp.where(broken, -1, xp.reshape(parents, (batch, -1))))
+        via.append(xp.where(broken, -1, xp.reshape(parents, (batch, width * k))))
     return Reached(*(xp.concat(parts, axis=1) for parts in (ids, hops, via)))
 
 
