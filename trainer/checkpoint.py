@@ -199,7 +199,8 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The global generators of Python, numpy and torch as JSON values and tensors."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # its declared type covers two forms
+    kind, keys, position, has_gauss, cached = numpy_state
     tensors = {"torch": torch.get_rng_state()}
     for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
         tensors[f"cuda.{index}"] = cuda_state

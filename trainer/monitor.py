@@ -6,7 +6,6 @@ Labels are read here and nowhere else in training.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,21 +19,13 @@ from trainer.encoder import Encoder, embed_images
 from trainer.representation.preprocess import InputContract
 from trainer.representation.protocols import knn_accuracy
 
-EMBEDDED_TOGETHER = 256  # images in one forward pass
+EMBEDDED_TOGETHER = 64  # images in one forward pass
 
 # Collapse: the instance loss tells no image from another (ln of how many compete) ...
 COLLAPSE_LOSS_MARGIN = 0.02  # within this share of it
 # ... and all embeddings of a batch are equally similar. Directions drawn at random in D dimensions
 # differ by 1 / sqrt(D), 0.088 at 128; a collapsed digits run shows less than a tenth of that.
 COLLAPSE_SPREAD = 0.02
-
-
-class Monitor(Protocol):
-    """Anything that scores an encoder."""
-
-    def measure(self, encoder: Encoder, device: torch.device) -> float:
-        """A figure in 0..1."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,8 @@ def build_knn_monitor(
         return None
     shown = _some(train, config.max_images, seed)
     asked = _some(held_out, config.max_images, seed)
-    assert shown.labels is not None and asked.labels is not None  # as train.labels
+    assert shown.labels is not None
+    assert asked.labels is not None  # both come from one source
     leave_one_out = len(asked) == 0
     gallery = prepare_all(shown, contract, pool)
     return KnnMonitor(

@@ -1,4 +1,4 @@
-"""What happens when, as pure functions of seed, epoch and step: nothing to save, nothing to restore.
+"""What happens when: pure functions of seed, epoch and step, so there is nothing to save.
 
 In: a recipe's numbers and a position. Out: learning rate, weight of the invariance loss, the order
 of the images, a generator for the step's views. Epochs and steps count from 1.

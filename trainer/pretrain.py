@@ -1,0 +1,296 @@
+"""The training loop: views -> embeddings -> objective -> step -> bank and graph -> metrics, state.
+
+In: everything already built. Out: a trained encoder in place, the journal's lines, checkpoints; or
+an exception that says why training stopped. One process; nothing here decides what it trains on.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.augment import apply_views, collate, draw_views
+from trainer.checkpoint import Progress as SavedProgress
+from trainer.checkpoint import TrainingState, checkpoints, save_checkpoint
+from trainer.config import Recipe
+from trainer.decoding import CropStock
+from trainer.interruption import Interrupted, StopRequest
+from trainer.monitor import KnnMonitor, is_collapsed, spread
+from trainer.objective import LossConfig, Objective, objective
+from trainer.progress import Progress, say
+from trainer.run_folder import Journal, Metrics
+from trainer.schedule import (
+    Position,
+    epoch_batches,
+    invariance_weight,
+    learning_rate,
+    steps_per_epoch,
+    view_generator,
+)
+
+# Means over an epoch that are summed step by step.
+FIGURES = ("loss", "instance", "invariance", "reached", "hard_share", "spread")
+
+
+class TrainingFailed(Exception):
+    """Training that must not go on; nothing is published. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """All that the loop needs, built beforehand."""
+
+    recipe: Recipe
+    device: torch.device
+    stock: CropStock  # N images to take crops from
+    state: TrainingState
+    monitor: KnnMonitor | None
+    journal: Journal
+    checkpoints: Path
+    data_fingerprint: str
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return steps_per_epoch(len(self.stock), self.recipe.batch_size)
+
+    def save(self, position: Position, running: "EpochSums") -> Path:
+        """Write a checkpoint of everything.
+
+        Raises:
+            TrainingFailed: it cannot be written; the last good one stays.
+        """
+        progress = SavedProgress(
+            position=position,
+            recipe=self.recipe.as_dict(),
+            data_fingerprint=self.data_fingerprint,
+            running=running.as_dict(),
+            metrics=self.journal.lines,
+        )
+        keep = self.recipe.checkpoint.keep
+        try:
+            return save_checkpoint(self.checkpoints, self.state, progress, keep=keep)
+        except OSError as error:
+            good = checkpoints(self.checkpoints)
+            last = f"the last good checkpoint is {good[0]}" if good else "there is none yet"
+            raise TrainingFailed(
+                f"the checkpoint of epoch {position.epoch}, step {position.step} cannot be written "
+                f"({error.strerror}): {last}. Make room in {self.checkpoints.parent} and go on "
+                "with --resume"
+            ) from error
+
+
+@dataclass
+class EpochSums:
+    """What adds up during an epoch; a checkpoint in the middle of one carries it."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0.0))
+
+    def add(self, figures: dict[str, float], seconds: float) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.seconds += seconds
+        for name, value in figures.items():
+            self.sums[name] += value
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure over the steps so far."""
+        return {name: value / self.steps for name, value in self.sums.items()}
+
+    def as_dict(self) -> dict[str, object]:
+        """As JSON values; `EpochSums(**values)` reads them back."""
+        return {"steps": self.steps, "seconds": self.seconds, "sums": dict(self.sums)}
+
+
+def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
+    """Train from the beginning, or from where `resumed` was saved, to the last epoch.
+
+    Raises:
+        Interrupted: a signal asked for a stop; a checkpoint was written.
+        TrainingFailed: a loss that is not finite, collapse, or a checkpoint that cannot be written.
+    """
+    position, sums = Position(1, 0), EpochSums()
+    if resumed is not None:
+        position, sums = resumed.position, EpochSums(**resumed.running)
+        if position.step == run.steps:
+            position, sums = Position(position.epoch + 1, 0), EpochSums()
+    done = ((position.epoch - 1) * run.steps + position.step) * run.recipe.batch_size
+    total = run.recipe.epochs * run.steps * run.recipe.batch_size
+    with StopRequest() as stop, Progress("training", total, done=done) as progress:
+        if not run.journal.lines:
+            _measure_untrained(run)
+        for epoch in range(position.epoch, run.recipe.epochs + 1):
+            _train_epoch(run, Position(epoch, position.step), sums, progress, stop)
+            _finish_epoch(run, epoch, sums)
+            if stop.signum is not None:
+                _leave(run, Position(epoch, run.steps), sums, stop.signum)
+            position, sums = Position(epoch + 1, 0), EpochSums()
+
+
+def _train_epoch(
+    run: Pretraining, start: Position, sums: EpochSums, progress: Progress, stop: StopRequest
+) -> None:
+    recipe, epoch = run.recipe, start.epoch
+    rate = learning_rate(recipe.optim, epoch, recipe.epochs)
+    for group in run.state.optimiser.param_groups:
+        group["lr"] = rate
+    run.state.encoder.train()
+    batches = epoch_batches(recipe.seed, epoch, len(run.stock), recipe.batch_size)[start.step :]
+    began = time.monotonic()
+    for step, (indices, pixels) in enumerate(_views(run, batches, start), start.step + 1):
+        figures = _train_step(run, indices, pixels, Position(epoch, step))
+        now = time.monotonic()
+        sums.add(figures, now - began)
+        began = now
+        speed = sums.steps * recipe.batch_size / sums.seconds
+        progress.advance(
+            recipe.batch_size,
+            f"epoch {epoch}/{recipe.epochs}",
+            f"instance {figures['instance']:.3f}, invariance {figures['invariance']:.3f}, "
+            f"{speed:.0f} images/s",
+        )
+        if stop.signum is not None and step < run.steps:
+            _leave(run, Position(epoch, step), sums, stop.signum)
+
+
+def _views(
+    run: Pretraining, batches: NDArray[np.int64], start: Position
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (B,) indices and (B, 3, S, S) views on the device, step by step."""
+    recipe = run.recipe
+    crops = run.stock.batches(batches)
+    for step, (indices, images) in enumerate(zip(batches, crops, strict=True), start.step + 1):
+        block = collate(images)
+        generator = view_generator(recipe.seed, start.epoch, step)
+        views = draw_views(recipe.augment, block.sizes, generator)
+        block = block._replace(pixels=block.pixels.to(run.device))
+        pixels = apply_views(block, views, size_px=recipe.encoder.image_size_px)
+        yield torch.from_numpy(indices).to(run.device), pixels
+
+
+def _train_step(
+    run: Pretraining, indices: Tensor, pixels: Tensor, position: Position
+) -> dict[str, float]:
+    recipe, state = run.recipe, run.state
+    bf16 = recipe.precision == "bf16"
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+        embeddings = state.encoder(pixels.to(memory_format=torch.channels_last)).embedding
+    found = objective(state.bank, indices, embeddings, loss_config(recipe))
+    weight = invariance_weight(
+        recipe.loss.invariance_weight, position.epoch, recipe.loss.warmup_epochs
+    )
+    # Left out, not multiplied by 0: 0 times an infinite loss is no number.
+    loss = found.instance + weight * found.invariance if weight else found.instance
+    figures = _figures(found, embeddings, loss)
+    if not np.isfinite(figures["loss"]):
+        raise TrainingFailed(
+            f"the loss is {figures['loss']} (instance {figures['instance']}, invariance "
+            f"{figures['invariance']}) in epoch {position.epoch}, step {position.step}; nothing is "
+            "published, the last checkpoint stays. Lower optim.lr, raise loss.temperature or use "
+            "precision=fp32, in a new run"
+        )
+    state.optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    state.optimiser.step()
+    # After the step, with what was computed before it: the authors' order.
+    state.bank.update(indices, embeddings.detach())
+    state.bank.refresh_neighbours(indices, found.nearest)
+    return figures
+
+
+def loss_config(recipe: Recipe) -> LossConfig:
+    """The recipe's part of the objective that one batch needs."""
+    chosen = recipe.loss.model_dump(exclude={"invariance_weight", "warmup_epochs"})
+    return LossConfig(**chosen)
+
+
+def _figures(found: Objective, embeddings: Tensor, loss: Tensor) -> dict[str, float]:
+    """The step's figures, fetched from the device in one go."""
+    reached = (found.reached >= 0).sum(dim=1)  # (B,)
+    hard = (found.hard_positives >= 0).sum(dim=1)  # (B,)
+    values = (
+        loss.detach(),
+        found.instance.detach(),
+        found.invariance.detach(),
+        reached.float().mean(),
+        (hard / reached.clamp(min=1)).mean(),
+        spread(embeddings),
+    )
+    return dict(
+        zip(FIGURES, torch.stack([value.float() for value in values]).tolist(), strict=True)
+    )
+
+
+def _measure_untrained(run: Pretraining) -> None:
+    if run.monitor is None:
+        return
+    accuracy = run.monitor.measure(run.state.encoder, run.device)
+    say(f"untrained encoder: kNN accuracy {accuracy:.4f}")
+    run.journal.write({"epoch": 0, "knn": accuracy})
+
+
+def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
+    recipe = run.recipe
+    last = epoch == recipe.epochs
+    means = sums.means()
+    collapsed = is_collapsed(
+        means["instance"],
+        means["spread"],
+        num_background=recipe.loss.num_background,
+        num_images=len(run.stock),
+    )
+    metrics: Metrics = {
+        "epoch": epoch,
+        "lr": learning_rate(recipe.optim, epoch, recipe.epochs),
+        **means,
+        "images_per_s": sums.steps * recipe.batch_size / sums.seconds,
+        "collapsed": collapsed,
+    }
+    if run.monitor is not None and (last or epoch % recipe.monitor.every_epochs == 0):
+        metrics["knn"] = run.monitor.measure(run.state.encoder, run.device)
+    run.journal.write(metrics)
+    say(_epoch_line(metrics, recipe.epochs))
+    if collapsed:
+        _warn_of_collapse(run)
+    if last or epoch % recipe.checkpoint.every_epochs == 0:
+        run.save(Position(epoch, run.steps), sums)
+
+
+def _epoch_line(metrics: Metrics, epochs: int) -> str:
+    knn = f", kNN accuracy {metrics['knn']:.4f}" if "knn" in metrics else ""
+    return (
+        f"epoch {metrics['epoch']}/{epochs}: instance loss {metrics['instance']:.4f}, invariance "
+        f"loss {metrics['invariance']:.4f}, {metrics['reached']:.1f} positives reached, "
+        f"{metrics['images_per_s']:.0f} images/s{knn}"
+    )
+
+
+def _warn_of_collapse(run: Pretraining) -> None:
+    patience = run.recipe.monitor.collapse_patience
+    in_a_row = 0
+    for line in reversed(run.journal.lines):
+        if not line.get("collapsed"):
+            break
+        in_a_row += 1
+    message = (
+        f"COLLAPSE, epoch {run.journal.lines[-1]['epoch']}: the encoder gives all images nearly "
+        "the same embedding. Set encoder.normalise=true, or a higher loss.temperature"
+    )
+    if in_a_row >= patience:
+        raise TrainingFailed(
+            f"{message}. Stopped after {in_a_row} such epochs in a row (monitor.collapse_patience);"
+            " nothing is published"
+        )
+    say(f"{message}. The run stops after {patience - in_a_row} more such epochs")
+
+
+def _leave(run: Pretraining, position: Position, sums: EpochSums, signum: int) -> None:
+    path = run.save(position, sums)
+    raise Interrupted(signum, f"stopped; the state is in {path}. Go on with --resume")

@@ -1,0 +1,104 @@
+"""Pretrain an encoder on images and export it.
+
+    python -m trainer.run [RECIPE] --data SOURCE --output DIR [--resume] [key=value ...]
+
+In: a recipe, a folder of images, an .npz or `digits`. Out: a run folder with a bundle, see
+trainer/README.md. Exit code 0; 2 for what the caller can put right; 1 for a run that failed; 130 or
+143 after Ctrl-C or SIGTERM. This file is the door, the run itself reads in trainer/session.py.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config import RecipeError, recipe_names
+from trainer.datasets import DIGITS, DataError
+from trainer.representation.artifact import ArtifactError
+
+SUCCEEDED, FAILED, WRONG_USE = 0, 1, 2
+SIGNALLED = 128  # plus the number of the signal, as shells count
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and turn every error that a person can act on into one paragraph on standard error."""
+    arguments = _parse(argv)
+    # Imported here: the decoding processes are spawned, import this file anew, and would each pay
+    # seconds and hundreds of megabytes for torch.
+    from trainer.checkpoint import CheckpointError
+    from trainer.export import ExportError
+    from trainer.interruption import Interrupted
+    from trainer.pretrain import TrainingFailed
+    from trainer.run_folder import OutputError, RunFolder
+    from trainer.session import UnavailableError, train_and_export
+
+    try:
+        train_and_export(
+            RunFolder(arguments.output),
+            recipe=arguments.recipe,
+            overrides=arguments.overrides,
+            data=arguments.data,
+            resume=arguments.resume,
+            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+    except (RecipeError, DataError, OutputError, CheckpointError, UnavailableError) as error:
+        return _fail(str(error), WRONG_USE)
+    except (TrainingFailed, ExportError, ArtifactError) as error:
+        return _fail(str(error), FAILED)
+    except OSError as error:
+        return _fail(
+            f"{error}. Put this right and go on with --resume: what was saved in "
+            f"{arguments.output} stays",
+            FAILED,
+        )
+    except Interrupted as stop:
+        sys.stderr.write(f"{stop}\n")
+        return SIGNALLED + stop.signum
+    except KeyboardInterrupt:
+        return _fail("interrupted while not training; nothing saved is lost", INTERRUPTED)
+    return SUCCEEDED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.run",
+        description="Pretrain an image encoder by Invariance Propagation and export its bundle.",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | key=value",
+        help=f"a recipe ({', '.join(recipe_names())}, or the path of a YAML file; by default "
+        f"`digits` for that source, else `folder`), and values that replace its own, such as "
+        "epochs=5 loss.temperature=0.1",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help=f"a folder of images, a packed .npz, or {DIGITS!r} (built in)",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the folder of this run"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that stands in DIR"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.overrides = [word for word in arguments.words if "=" in word]
+    recipes = [word for word in arguments.words if "=" not in word]
+    if len(recipes) > 1:
+        parser.error(f"one recipe at most, got {', '.join(recipes)}")
+    arguments.recipe = recipes[0] if recipes else None
+    return arguments
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

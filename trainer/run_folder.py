@@ -1,0 +1,179 @@
+"""The folder of one run (--output): what stands where, and the lines written as training goes on.
+
+In: metrics, the report. Out: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, report.json
+and bundle/ below one root.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.config import Recipe, RecipeError, load_recipe
+
+Metrics = dict[str, Any]  # one line of metrics.jsonl
+
+
+class OutputError(Exception):
+    """A folder that cannot hold this run; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below the root, and the whole files among them."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; the folder holds a run if and only if this stands."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line for each epoch; epoch 0 is the untrained encoder."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same figures for TensorBoard."""
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """See trainer.checkpoint."""
+        return self.root / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """What was done, skipped and reached."""
+        return self.root / "report.json"
+
+    @property
+    def bundle(self) -> Path:
+        """See trainer.representation.bundle."""
+        return self.root / "bundle"
+
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.recipe.is_file()
+
+    def check_new(self) -> None:
+        """Make sure that a new run can be written here, creating the folder.
+
+        Raises:
+            OutputError: it holds a run or other files, or cannot be written.
+        """
+        if self.holds_run():
+            raise OutputError(
+                f"{self.root} already holds a run: give --resume to go on with it, or another "
+                "--output for a new one"
+            )
+        self.check_writable()
+        if any(self.root.iterdir()):
+            raise OutputError(f"{self.root} is not empty: give a new or an empty folder")
+
+    def check_writable(self) -> None:
+        """Write and remove a file.
+
+        Raises:
+            OutputError: that failed.
+        """
+        probe = self.root / f".write-test-{uuid.uuid4().hex}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"{self.root} cannot be written ({error.strerror}): give another --output"
+            ) from error
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe."""
+        write_whole(self.recipe, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+
+    def read_recipe(self) -> Recipe:
+        """Read the recipe of the run that stands here.
+
+        Raises:
+            OutputError: there is none, or it was edited into something else.
+        """
+        if not self.holds_run():
+            raise OutputError(
+                f"{self.root} holds no run to resume: leave out --resume to begin one"
+            )
+        try:
+            return load_recipe(self.recipe)
+        except RecipeError as error:
+            raise OutputError(f"{self.recipe} is damaged: {error}") from error
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Write report.json."""
+        write_whole(self.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+    def read_report(self) -> Mapping[str, Any] | None:
+        """Read report.json; None where there is none that can be read."""
+        try:
+            report = json.loads(self.report.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return report if isinstance(report, dict) else None
+
+
+class Journal:
+    """The metrics of a run: in memory, as JSON lines, and for TensorBoard."""
+
+    def __init__(self, folder: RunFolder, before: Sequence[Metrics] = ()) -> None:
+        """Begin with the metrics `before` a resumed checkpoint; later lines are dropped."""
+        self.lines: list[Metrics] = list(before)
+        self._path = folder.metrics
+        write_whole(self._path, "".join(map(_line, self.lines)))
+        next_epoch = self.lines[-1]["epoch"] + 1 if self.lines else 0
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=next_epoch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._board.close()
+
+    def write(self, metrics: Metrics) -> None:
+        """Add the line of an epoch."""
+        self.lines.append(metrics)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(metrics))
+        for name, value in metrics.items():
+            if name != "epoch":
+                self._board.add_scalar(name, float(value), metrics["epoch"])
+        self._board.flush()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either as it was or as it should be."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _line(metrics: Metrics) -> str:
+    return json.dumps(metrics) + "\n"
