@@ -1,0 +1,147 @@
+"""What the service answers, as frozen dataclasses with the field names of its JSON. Nothing here is
+shared with the service: a contract test compares the two.
+
+Arrays are numpy arrays where numpy is installed, else lists.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from client.errors import Rejected
+
+Json = Mapping[str, Any]
+Array = Any  # numpy.ndarray, or a list of lists of floats without numpy
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Answer of embed()."""
+
+    model: str  # model_id of the bundle
+    output: str  # "embedding" or "features"
+    dim: int
+    embeddings: Array  # (n, dim) float32 in input order; NaN rows (None without numpy): rejected
+    errors: tuple[Rejected, ...] = ()  # only with on_error="skip"
+
+
+@dataclass(frozen=True)
+class RejectedItem:
+    """An item that was not added."""
+
+    id: str | None  # None: the service could not read the line
+    reason: str
+    line: int | None = None  # counted from 1 over the items of the call
+
+
+@dataclass(frozen=True)
+class Added:
+    """Answer of add()."""
+
+    model: str
+    gallery_version: int  # grows with each change
+    added: int
+    updated: int
+    rejected: tuple[RejectedItem, ...]
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """Answer of delete() and delete_items()."""
+
+    model: str
+    gallery_version: int
+    deleted: int
+    missing: tuple[str, ...]  # ids that were not there
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of the gallery."""
+
+    id: str
+    metadata: Json = field(default_factory=dict)
+    vector: Array | None = None  # (dim,) where it was asked for
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An item near a query."""
+
+    id: str
+    similarity: float  # cosine, -1..1
+    metadata: Json | None = None  # with include=["metadata"]
+    vector: Array | None = None  # (dim,), with include=["vector"]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Answer of neighbours()."""
+
+    model: str
+    gallery_version: int
+    exact: bool  # False: an approximate index answered
+    results: tuple[tuple[Neighbour, ...], ...]  # one tuple per query, best first
+
+
+@dataclass(frozen=True)
+class Member:
+    """An item that propagation reached from an anchor."""
+
+    id: str
+    step: int  # the hop at which it was discovered, 1..steps
+    via: str | None  # the item through which; None: directly from an anchor that is no item
+    similarity: float  # to the anchor, cosine
+
+
+@dataclass(frozen=True)
+class Group:
+    """What propagation reached from one anchor."""
+
+    members: tuple[Member, ...]
+    reached: int  # how many were reached before `limit`
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Answer of groups()."""
+
+    model: str
+    gallery_version: int
+    results: tuple[Group, ...]  # one per anchor
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Answer of ready(); true or false by itself."""
+
+    status: str  # in a word
+    checks: Mapping[str, str]  # name of a check -> "ok", or what is wrong or waited for
+
+    def __bool__(self) -> bool:
+        return all(state == "ok" for state in self.checks.values())
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of the service."""
+
+    limit: float
+    setting: str  # what the operator changes to move it
+
+
+@dataclass(frozen=True)
+class Info:
+    """Answer of info()."""
+
+    model: str
+    gallery_version: int
+    dims: Mapping[str, int]  # of the outputs: "embedding" and "features"
+    input: Json  # the input contract: how a picture is prepared
+    training: Json | None  # what the bundle tells of its training
+    execution_provider: str  # where the encoder runs
+    search: Json  # how the gallery is searched
+    gallery: Json  # its size
+    limits: Mapping[str, Limit]
+    versions: Mapping[str, str]
