@@ -1,0 +1,82 @@
+"""The application: settings in, a FastAPI application out. Every seam is an argument.
+
+Order of the layers, from outside: request id, log line and metrics; the size of bodies; errors as
+problem documents; the routes.
+"""
+
+import contextlib
+import importlib.metadata
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+
+from service.bodies import LimitBodies
+from service.embedder import Embedder
+from service.errors import install_handlers
+from service.gallery.protocol import Gallery
+from service.observability import ObserveRequests
+from service.routes import embed, groups, health, info, items, neighbours
+from service.runtime import Runtime
+from service.schemas import ProblemDocument
+from service.settings import Settings
+
+DESCRIPTION = (
+    "Embeddings, nearest neighbours and propagated groups of images, from an encoder pretrained "
+    "by Invariance Propagation. Errors are RFC 9457 problem documents with a stable `code`."
+)
+
+
+class _Application(FastAPI):
+    """Adds the shape of a problem to the OpenAPI document; routes refer to it by name."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas[ProblemDocument.__name__] = ProblemDocument.model_json_schema()
+        # Declared by FastAPI for its own validation answers, which are problems here.
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        return document
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    embedder: Embedder | None = None,
+    gallery: Gallery | None = None,
+    jobs: None = None,
+) -> FastAPI:
+    """Make the application; it loads its parts when it starts.
+
+    Args:
+        settings: None reads the environment.
+        embedder: None loads the bundle's encoder.
+        gallery: None opens the one of the state directory; one that is given is not closed here.
+        jobs: the place of the evaluations, which this version does not serve: None.
+    """
+    del jobs  # typed None: there is nothing yet to pass
+    if settings is None:
+        settings = Settings()  # type: ignore[call-arg]  # the environment gives the rest
+    runtime = Runtime(settings, embedder=embedder, gallery=gallery)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with runtime.running():
+            yield
+
+    app = _Application(
+        title="invprop",
+        version=importlib.metadata.version("invprop"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,  # ids may end in a slash
+        redoc_url=None,
+    )
+    app.state.runtime = runtime
+    app.add_middleware(LimitBodies, max_body_bytes=runtime.settings.max_body_bytes)
+    app.add_middleware(ObserveRequests, metrics=runtime.metrics)
+    install_handlers(app)
+    for module in (embed, items, neighbours, groups, info, health):
+        app.include_router(module.router)
+    return app

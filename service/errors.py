@@ -1,0 +1,149 @@
+"""Every error answer: RFC 9457 problem documents with a stable `code`.
+
+In: a `Problem` raised anywhere, or what FastAPI raises. Out: application/problem+json, never a
+stack trace; `limit` and `setting` say which limit was met and what the operator may change.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+MEDIA_TYPE = "application/problem+json"
+
+# code -> (status, title). The codes are part of the contract: clients branch on them.
+PROBLEMS: Mapping[str, tuple[int, str]] = {
+    "bad_request": (400, "The request cannot be read"),
+    "not_found": (404, "There is no such route"),
+    "item_not_found": (404, "There is no such item"),
+    "method_not_allowed": (405, "The route has no such method"),
+    "idempotency_conflict": (409, "The Idempotency-Key was used for another request"),
+    "model_mismatch": (409, "The vector comes from another model"),
+    "body_too_large": (413, "The body is too large"),
+    "too_many": (413, "There is too much in one request"),
+    "unsupported_media_type": (415, "The body has a format that this route does not take"),
+    "invalid_request": (422, "The request is not valid"),
+    "limit_exceeded": (422, "A limit is exceeded"),
+    "image_rejected": (422, "An image was rejected"),
+    "queue_full": (429, "The service is at its capacity"),
+    "internal_error": (500, "The service failed"),
+    "loading": (503, "The service is loading"),
+    "not_ready": (503, "The service is not ready"),
+    "storage_failed": (503, "The change could not be stored"),
+    "decoder_unavailable": (503, "No image decoder is running"),
+    "deadline_exceeded": (504, "The answer took too long"),
+    "storage_full": (507, "The disk is full"),
+}
+# The code for what the web framework itself refuses.
+_CODES_BY_STATUS = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
+
+_log = structlog.get_logger("service")
+
+
+class Problem(Exception):
+    """An error answer.
+
+    Args:
+        code: a key of PROBLEMS.
+        detail: what was got, what was wanted, what to do.
+        retry_after_s: sent as Retry-After.
+        extensions: further members of the document, such as `limit` and `setting` or `errors`.
+    """
+
+    def __init__(
+        self, code: str, detail: str, *, retry_after_s: int | None = None, **extensions: Any
+    ) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.extensions = extensions
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        """The problem as a response."""
+        status, title = PROBLEMS[self.code]
+        document = {
+            "type": f"urn:invprop:problem:{self.code}",
+            "title": title,
+            "status": status,
+            "detail": self.detail,
+            "code": self.code,
+            **self.extensions,
+        }
+        sent = dict(headers or {})
+        if self.retry_after_s is not None:
+            sent["Retry-After"] = str(self.retry_after_s)
+        return Response(
+            orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS),
+            status_code=status,
+            media_type=MEDIA_TYPE,
+            headers=sent,
+        )
+
+
+def over_limit(code: str, what: str, got: int | float, setting: str, limit: int | float) -> Problem:
+    """A problem that names the limit and the setting behind it."""
+    return Problem(
+        code,
+        f"{what}: got {got:,}, at most {limit:,} are allowed. Send less at a time, or let the "
+        f"operator raise `{setting}`.",
+        limit=limit,
+        setting=setting,
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Let every error of `app` leave as a problem document."""
+    app.add_exception_handler(Problem, _answer_problem)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+
+
+def unexpected(error: Exception) -> Response:
+    """Log a defect with its trace and answer without it."""
+    _log.error("unexpected_error", exc_info=error)
+    return Problem(
+        "internal_error",
+        "This is a defect of the service; its log has the details under the request id of this "
+        "answer (header X-Request-Id).",
+    ).response()
+
+
+async def _answer_problem(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return validation_problem(error.errors()).response()
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _CODES_BY_STATUS.get(error.status_code, "bad_request")
+    detail = str(error.detail)
+    if code == "not_found":
+        detail = f"Nothing is served at {request.url.path!r}; /docs lists the routes."
+    elif code == "method_not_allowed":
+        allowed = (error.headers or {}).get("Allow", "")
+        detail = f"{request.method} is not served here; allowed: {allowed or 'see /docs'}."
+    return Problem(code, detail).response(error.headers)
+
+
+def validation_problem(errors: Any) -> Problem:
+    """Turn pydantic's error list into a problem with `errors` [{field, reason}]."""
+    found = []
+    for entry in errors:
+        field = ".".join(str(part) for part in entry["loc"] if part not in ("body", "query"))
+        limits = entry.get("ctx", {})
+        limit = next((limits[name] for name in ("le", "max_length") if name in limits), None)
+        reason = {"field": field, "reason": entry["msg"]}
+        found.append(reason if limit is None else {**reason, "limit": limit})
+    detail = "; ".join(f"{e['field'] or 'request'}: {e['reason']}" for e in found[:5])
+    return Problem("invalid_request", detail, errors=found)

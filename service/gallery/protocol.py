@@ -1,0 +1,172 @@
+"""What a gallery is to the rest of the service, whichever engine holds it.
+
+A gallery hands out snapshots: immutable, consistent, named by a version that grows with every
+acknowledged change. Searching and reading happen on a snapshot; changes go to the gallery.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Metadata = Mapping[str, Any]
+Vectors = NDArray[np.float32]
+Rows = NDArray[np.int64]
+Filter = Mapping[str, Sequence[Any]]  # field -> values, one of which the item's must equal
+
+
+class Item(NamedTuple):
+    """One item as it stands in a snapshot."""
+
+    id: str  # 1..512 characters
+    vector: Vectors  # (D,) unit length
+    metadata: Metadata
+
+
+class Page(NamedTuple):
+    """A part of a listing, in the order in which the items were last written."""
+
+    rows: Rows
+    next: int | None  # the cursor that continues after it, None at the end
+
+
+class Found(NamedTuple):
+    """The nearest items of each of B queries."""
+
+    rows: Rows  # (B, K) int64 rows of the snapshot, best first, -1 where there are fewer
+    similarities: Vectors  # (B, K) float32 in [-1, 1], descending, -inf where the row is -1
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one request wants to change, all or nothing."""
+
+    upserts: Sequence[Item] = ()
+    deletes: Sequence[str] = ()
+    idempotency: "Idempotency | None" = None
+    rejected: Sequence[Mapping[str, Any]] = ()  # kept with the answer, for a repeated request
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A caller's key and the digest of the request it stands for."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a change did; on disk when the caller sees it."""
+
+    gallery_version: int
+    added: int = 0
+    updated: int = 0
+    deleted: int = 0
+    missing: Sequence[str] = ()  # ids that were to be deleted and are not there
+    rejected: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+class GalleryError(Exception):
+    """The gallery cannot be opened; the message names what is wrong and what to do."""
+
+
+class StorageError(Exception):
+    """A change could not be stored and was not applied; `full` when the disk is."""
+
+    def __init__(self, message: str, *, full: bool) -> None:
+        super().__init__(message)
+        self.full = full
+
+
+class IdempotencyConflict(Exception):
+    """The key was used for another request."""
+
+
+class Snapshot(Protocol):
+    """The items at one version. Rows number them; they mean nothing in another snapshot."""
+
+    @property
+    def version(self) -> int:
+        """Sequence number of the last change in it."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where exact search runs: "cpu" or "gpu"."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of items."""
+        ...
+
+    def row(self, item_id: str) -> int | None:
+        """The row of an item, None when there is none of that id."""
+        ...
+
+    def item(self, row: int) -> Item:
+        """The item in a row that `row`, `search`, `matching` or `page` gave."""
+        ...
+
+    def vectors(self, rows: Rows) -> Vectors:
+        """(n,) -> (n, D)."""
+        ...
+
+    def matching(self, filter: Filter) -> Rows:
+        """Rows of the items whose metadata have, for each field, one of its values; ascending."""
+        ...
+
+    def page(self, *, after: int, limit: int, among: Rows | None = None) -> Page:
+        """At most `limit` items written after the cursor `after` (0 = from the start)."""
+        ...
+
+    def search(
+        self, queries: Vectors, k: int, *, exclude: Rows | None = None, among: Rows | None = None
+    ) -> Found:
+        """The k items most similar to each query, exactly.
+
+        Args:
+            queries: (B, D) float32 of unit length.
+            exclude: (B,) a row each query leaves out, -1 for none.
+            among: only these rows count; None for all.
+
+        Returns:
+            similarity descending, equal similarities in the order of the rows (the order in which
+            the items were last written).
+        """
+        ...
+
+
+class Gallery(Protocol):
+    """Items that can be changed and looked at."""
+
+    model_id: str
+
+    def snapshot(self) -> Snapshot:
+        """The newest acknowledged state."""
+        ...
+
+    def recall(self, idempotency: Idempotency) -> Applied | None:
+        """What the request of this key did, None when the key is new.
+
+        Raises:
+            IdempotencyConflict: the key stands for another request.
+        """
+        ...
+
+    def apply(self, change: Change) -> "Future[Applied]":
+        """Queue a change. The future is done when the change is on disk and in `snapshot`.
+
+        Its errors: StorageError, IdempotencyConflict.
+
+        Raises:
+            queue.Full: too many changes are waiting.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what is queued and release the storage."""
+        ...

@@ -1,0 +1,184 @@
+"""What an operator sees of a running service: JSON log lines with a request id, and metrics.
+
+In: requests as they pass, and what the stages report. Out: structured lines on stderr and
+Prometheus text. No user data: neither ids nor file names nor vectors are logged or used as labels.
+"""
+
+import logging
+import re
+import sys
+import time
+import uuid
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import unexpected
+
+REQUEST_ID_HEADER = "X-Request-Id"
+# A caller's request id is kept when it is harmless in a log line.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_TIME_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+_log = structlog.get_logger("service")
+
+
+def configure_logging() -> None:
+    """Write one JSON object per line to stderr, for our lines and for the web server's."""
+    processors: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*processors, structlog.processors.JSONRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=processors, processor=structlog.processors.JSONRenderer()
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+
+
+class Metrics:
+    """The Prometheus metrics of one application, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "invprop_requests",
+            "Requests answered",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self.request_duration = Histogram(
+            "invprop_request_duration_seconds",
+            "From the first byte to the last of the answer",
+            ["method", "route"],
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.queue_size = Gauge(
+            "invprop_queue_size", "Images accepted and not yet embedded", registry=registry
+        )
+        self.queue_duration = Histogram(
+            "invprop_queue_duration_seconds",
+            "Time an image waited for the encoder",
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.batch_size = Histogram(
+            "invprop_batch_size",
+            "Images in one run of the encoder",
+            registry=registry,
+            buckets=_BATCH_BUCKETS,
+        )
+        self.decode_duration = Histogram(
+            "invprop_decode_duration_seconds",
+            "Time to decode one image, waiting included",
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.inference_duration = Histogram(
+            "invprop_inference_duration_seconds",
+            "Time of one run of the encoder",
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.search_duration = Histogram(
+            "invprop_search_duration_seconds",
+            "Time of one request's search, waiting included",
+            ["route"],
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.images_rejected = Counter(
+            "invprop_images_rejected", "Images that could not be decoded", registry=registry
+        )
+        self.decoders_replaced = Counter(
+            "invprop_decoders_replaced",
+            "Decoder processes replaced",
+            ["reason"],
+            registry=registry,
+        )
+        self.index_vectors = Gauge(
+            "invprop_index_vectors", "Items in the gallery", registry=registry
+        )
+        self.gallery_version = Gauge(
+            "invprop_gallery_version", "Sequence number of the last change", registry=registry
+        )
+        self.build_info = Gauge(
+            "invprop_build_info",
+            "1, with what is running as labels",
+            ["version", "model", "execution_provider"],
+            registry=registry,
+        )
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class ObserveRequests:
+    """ASGI layer around everything: request id, one log line, two metrics, and the last door.
+
+    An exception that no handler knew is logged here and answered as `internal_error`.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception as error:  # noqa: BLE001 - the door of a request
+                response = unexpected(error)
+                if status == 0:
+                    await response(scope, receive, send_with_id)
+            finally:
+                self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, duration_s: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.requests.labels(method, route, str(status)).inc()
+        self._metrics.request_duration.labels(method, route).observe(duration_s)
+        level = logging.WARNING if status >= 500 or status == 0 else logging.INFO
+        _log.log(
+            level,
+            "request",
+            method=method,
+            route=route,
+            status=status,
+            duration_ms=round(duration_s * 1000, 2),
+        )
+
+
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

@@ -1,0 +1,58 @@
+"""GET /info: what is running here, on what, and within which limits."""
+
+import importlib.metadata
+import platform
+import sqlite3
+
+import faiss
+import onnxruntime
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service.answers import json_response
+from service.openapi import problems
+from service.routes.access import runtime_of
+from service.schemas import MAX_GROUP_K, MAX_GROUP_STEPS, MAX_K, InfoAnswer
+from service.settings import CLIENT_LIMITS
+
+router = APIRouter(tags=["info"])
+
+
+@router.get(
+    "/info", response_model=InfoAnswer, responses=problems(503), summary="What is running here"
+)
+async def info(request: Request) -> Response:
+    """Facts of the model, the execution provider really in use, limits with their settings."""
+    runtime = runtime_of(request)
+    embedder, snapshot, settings = runtime.embedder, runtime.gallery.snapshot(), runtime.settings
+    manifest = runtime.bundle.manifest if runtime.bundle is not None else {}
+    return json_response(
+        {
+            "model": embedder.model_id,
+            "gallery_version": snapshot.version,
+            "dims": {"embedding": embedder.embedding_dim, "features": embedder.feature_dim},
+            "input": embedder.contract.as_dict(),
+            "training": manifest.get("training"),
+            "parity": manifest.get("parity"),
+            "execution_provider": embedder.execution_provider,
+            "search": {
+                "index": "flat, inner product, float32",
+                "exact": True,
+                "device": snapshot.device,
+                "max_k": MAX_K,
+                "max_group_k": MAX_GROUP_K,
+                "max_group_steps": MAX_GROUP_STEPS,
+            },
+            "gallery": {"items": len(snapshot), "version": snapshot.version},
+            "limits": {
+                name: {"limit": getattr(settings, name), "setting": name} for name in CLIENT_LIMITS
+            },
+            "versions": {
+                "invprop": importlib.metadata.version("invprop"),
+                "python": platform.python_version(),
+                "onnxruntime": onnxruntime.__version__,
+                "faiss": faiss.__version__,
+                "sqlite": sqlite3.sqlite_version,
+            },
+        }
+    )

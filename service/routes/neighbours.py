@@ -1,0 +1,87 @@
+"""POST /neighbours: the most similar items of each query."""
+
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service.answers import NPZ, json_bytes, json_response, npz_response, wants
+from service.errors import over_limit
+from service.gallery.protocol import Filter, Found
+from service.openapi import body_of, problems
+from service.queries import ACCEPTED, Queries, read
+from service.routes.access import runtime_of
+from service.schemas import FilterValue, NeighboursAnswer, NeighboursRequest
+
+router = APIRouter(tags=["neighbours"])
+
+
+@router.post(
+    "/neighbours",
+    response_model=NeighboursAnswer,
+    response_model_exclude_none=True,
+    responses=problems(400, 404, 413, 415, 422, 429, 503, 504, alternatives={200: [NPZ]}),
+    openapi_extra=body_of(NeighboursRequest, ACCEPTED),
+    summary="Find the nearest items",
+)
+async def neighbours(request: Request) -> Response:
+    """JSON with exactly one of `images`, `vectors`, `ids`; or one image, multipart parts `images`
+    or .npy float32 (n, dim) with the options as query parameters (`filter` as JSON, `include` with
+    commas). A query by id leaves that item out.
+
+    With `Accept: application/x-npz` the answer holds the arrays `ids` (n, k) and `similarities`
+    (n, k); a row that is shorter than others ends in empty ids and NaN.
+    """
+    runtime = runtime_of(request)
+    model = runtime.embedder.model_id
+    async with runtime.deadline() as deadline:
+        options, queries = await read(request, runtime, NeighboursRequest, deadline)
+        asked, limit = len(queries.vectors) * options.k, runtime.settings.max_results
+        if asked > limit:
+            raise over_limit("limit_exceeded", "queries x k", asked, "max_results", limit)
+        with runtime.metrics.search_duration.labels("neighbours").time():
+            return await runtime.compute(_answer, model, options, queries, wants(request, NPZ))
+
+
+def _answer(model: str, options: NeighboursRequest, queries: Queries, as_npz: bool) -> Response:
+    snapshot = queries.snapshot
+    among = snapshot.matching(filter_of(options.filter)) if options.filter else None
+    k = min(options.k, max(1, len(snapshot)))
+    found = snapshot.search(queries.vectors, k, exclude=queries.rows, among=among)
+    if as_npz:
+        headers = {"X-Model-Id": model, "X-Gallery-Version": str(snapshot.version)}
+        return npz_response(_arrays(queries, found), headers)
+    results = []
+    for rows, similarities in zip(found.rows, found.similarities, strict=True):
+        hits = []
+        for row, similarity in zip(rows[rows >= 0], similarities, strict=False):
+            item = snapshot.item(int(row))
+            hit: dict[str, Any] = {"id": item.id, "similarity": similarity}
+            if "metadata" in options.include:
+                hit["metadata"] = item.metadata
+            if "vector" in options.include:
+                hit["vector"] = item.vector
+            hits.append(hit)
+        results.append(hits)
+    answer = {"model": model, "gallery_version": snapshot.version, "exact": True}
+    return json_response(json_bytes({**answer, "results": results}))
+
+
+def _arrays(queries: Queries, found: Found) -> dict[str, Any]:
+    present = found.rows >= 0
+    width = int(present.sum(axis=1).max(initial=0))
+    ids = [
+        [queries.snapshot.item(int(row)).id if row >= 0 else "" for row in rows[:width]]
+        for rows in found.rows
+    ]
+    similarities = np.where(present, found.similarities, np.nan)[:, :width]
+    return {
+        "ids": np.asarray(ids, dtype=np.str_).reshape(len(ids), width),
+        "similarities": similarities.astype(np.float32),
+    }
+
+
+def filter_of(given: dict[str, FilterValue]) -> Filter:
+    """The contract's filter, with every value as a list."""
+    return {name: value if isinstance(value, list) else [value] for name, value in given.items()}

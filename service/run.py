@@ -1,0 +1,164 @@
+"""Start the service: python -m service.run --bundle DIR --state DIR [--host HOST] [--port PORT] ...
+
+Every flag has an environment variable: --max-body-bytes is INVPROP_MAX_BODY_BYTES. Logs are JSON
+lines on stderr; one line for people goes to stdout when the service is ready. SIGTERM and SIGINT
+end it: readiness first, then running requests, then the log is closed; exit code 0. A start that
+fails says `error: ...` and exits with 1.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from service.app import create_app
+from service.observability import configure_logging
+from service.runtime import Runtime
+from service.settings import ENV_PREFIX, Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until a signal; returns the exit code."""
+    try:
+        settings = read_settings(arguments)
+        listener = _listen(settings)
+    except StartError as error:
+        return _fail(error)
+    configure_logging()
+    with listener:
+        app = create_app(settings)
+        server = Server(app, settings, listener)
+        asyncio.run(server.serve(sockets=[listener]))
+        failure = server.runtime.failure
+    return 0 if failure is None else _fail(failure)
+
+
+class StartError(Exception):
+    """The service cannot start; the message is for the operator."""
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from the command line and, where a flag is missing, from the environment.
+
+    Raises:
+        StartError: a value is missing, unknown or out of range; names the flag and the variable.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m service.run",
+        description=f"Serve a bundle. Every flag has an environment variable {ENV_PREFIX}...",
+    )
+    for name, field in Settings.model_fields.items():
+        default = "" if field.is_required() else f" Default: {field.default}."
+        text = f"{field.description}{default}".replace("%", "%%")
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=text, metavar="VALUE")
+    given = vars(parser.parse_args(arguments))
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise StartError("; ".join(_explain(entry) for entry in error.errors())) from None
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our signals, our last words and our reasons to stop."""
+
+    def __init__(self, app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,  # service.observability writes one line for each request
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=settings.shutdown_timeout_s,
+            )
+        )
+        runtime = app.state.runtime
+        assert isinstance(runtime, Runtime)
+        self.runtime = runtime
+        self._settings = settings
+        self._listener = listener
+        self._announced = False
+        self._stop_at: float | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT for `_stop`. uvicorn would raise them again at the end, and the
+        exit code would not be 0."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        if self.runtime.failure is not None:
+            return True
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            return True
+        if not self._announced and self.runtime.loaded.is_set():
+            self._announced = True
+            sys.stdout.write(self._announcement())
+            sys.stdout.flush()
+        return await super().on_tick(counter)
+
+    def _stop(self, number: int) -> None:
+        if self.runtime.draining:  # a second signal: at once
+            self.force_exit = True
+        self.runtime.draining = True
+        # A person at the keyboard does not wait for a load balancer to notice.
+        delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0
+        if self._stop_at is None:
+            self._stop_at = time.monotonic() + delay_s
+
+    def _announcement(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        embedder, snapshot = self.runtime.embedder, self.runtime.gallery.snapshot()
+        return (
+            f"ready: {url} serves {len(snapshot):,} items with model {embedder.model_id[:12]} on "
+            f"{embedder.execution_provider}. Try {url}/docs, or: "
+            f"curl -F images=@PHOTO.jpg '{url}/neighbours?k=5'\n"
+        )
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose "
+            "another --port, or end what uses it"
+        ) from error
+
+
+def _explain(entry: object) -> str:
+    assert isinstance(entry, dict)
+    name = str(entry["loc"][0]) if entry["loc"] else ""
+    if not name:
+        return str(entry["msg"])
+    where = f"{_flag(name)} ({ENV_PREFIX}{name.upper()})"
+    if entry["type"] == "missing":
+        return f"{where} is required"
+    return f"{where} = {entry['input']!r}: {entry['msg']}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The shapes of requests and answers, as they stand in openapi.json.
+
+Options are validated through these models. Vectors are not: lists of floats go from orjson straight
+to numpy and back (a list of pydantic floats costs 35 times as much), so their fields are `Any` here
+and an array of numbers in the document.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from trainer.representation.bundle import MAX_ID_LENGTH
+
+MAX_K = 1000  # http-api: k is 1..1000
+MAX_GROUP_K = 50
+MAX_GROUP_STEPS = 6
+MAX_FILTER_FIELDS = 32
+MAX_FILTER_VALUES = 1000
+
+_VECTOR = {"type": "array", "items": {"type": "number"}}
+Vector = Annotated[Any, WithJsonSchema(_VECTOR)]
+VectorList = Annotated[Any, WithJsonSchema({"type": "array", "items": _VECTOR})]
+
+ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
+EncodedImage = Annotated[
+    str, Field(description="A data URI (data:image/png;base64,...) or bare base64. No URLs.")
+]
+_Scalar = str | int | float | bool | None
+FilterValue = _Scalar | Annotated[list[_Scalar], Field(max_length=MAX_FILTER_VALUES)]
+MetadataFilter = Annotated[
+    dict[str, FilterValue],
+    Field(
+        max_length=MAX_FILTER_FIELDS,
+        description="Field -> value, or a list of values one of which the item's must equal.",
+    ),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EmbedRequest(_Strict):
+    """Images to embed."""
+
+    images: Annotated[list[EncodedImage], Field(min_length=1)]
+
+
+class _Query(_Strict):
+    """Exactly one of the three."""
+
+    images: Annotated[list[EncodedImage], Field(min_length=1)] | None = None
+    vectors: VectorList | None = None
+    ids: Annotated[list[ItemId], Field(min_length=1)] | None = None
+
+
+class NeighboursRequest(_Query):
+    """What to look for, and how."""
+
+    k: int = Field(default=10, ge=1, le=MAX_K, description="Neighbours of each query.")
+    filter: MetadataFilter = Field(default_factory=dict)
+    exact: bool | None = Field(
+        default=None,
+        description="Exact search; this version is always exact, and the answer says so.",
+    )
+    include: list[Literal["metadata", "vector"]] = Field(default_factory=list)
+
+
+class GroupsRequest(_Query):
+    """Anchors, and how far to walk from them."""
+
+    k: int = Field(
+        default=4, ge=1, le=MAX_GROUP_K, description="Edges of each node of the kNN graph."
+    )
+    steps: int = Field(default=3, ge=1, le=MAX_GROUP_STEPS, description="Hops.")
+    order: Literal["nearest", "hardest", "step"] = Field(
+        default="nearest",
+        description="`hardest`: least similar to the anchor first, the paper's hard positives.",
+    )
+    limit: int = Field(
+        default=200, ge=1, le=1_000_000, description="Members returned of each group."
+    )
+
+
+class ItemLine(_Strict):
+    """One line of an NDJSON body: exactly one of `image` and `vector`."""
+
+    id: ItemId
+    image: EncodedImage | None = None
+    vector: Vector | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    model: str | None = Field(
+        default=None, description="The model a vector comes from; must be ours."
+    )
+
+
+class DeleteRequest(_Strict):
+    """Items to delete."""
+
+    ids: list[ItemId]
+
+
+class RejectedImage(BaseModel):
+    """An image that was not embedded."""
+
+    index: int
+    reason: str
+
+
+class RejectedItem(BaseModel):
+    """An item that was not stored."""
+
+    id: str | None = Field(description="null where the line could not be read.")
+    reason: str
+    line: int | None = Field(default=None, description="Line of an NDJSON body, from 1.")
+
+
+class EmbedAnswer(BaseModel):
+    """Rows in the order of the images; null where one was rejected and skipped."""
+
+    model: str
+    output: Literal["embedding", "features"]
+    dim: int
+    embeddings: Annotated[
+        Any, WithJsonSchema({"type": "array", "items": {"anyOf": [_VECTOR, {"type": "null"}]}})
+    ]
+    errors: list[RejectedImage] | None = None
+
+
+class ItemsAnswer(BaseModel):
+    """What was stored; it survives a kill of the service."""
+
+    model: str
+    gallery_version: int
+    added: int
+    updated: int
+    rejected: list[RejectedItem]
+
+
+class DeleteAnswer(BaseModel):
+    """What was deleted; it stays deleted after a kill of the service."""
+
+    model: str
+    gallery_version: int
+    deleted: int
+    missing: list[str] = Field(description="Ids that were not there.")
+
+
+class ItemAnswer(BaseModel):
+    """One item."""
+
+    model: str
+    gallery_version: int
+    id: str
+    metadata: dict[str, Any]
+    vector: Vector | None = None
+
+
+class ListedItem(BaseModel):
+    """One item of a list."""
+
+    id: str
+    metadata: dict[str, Any]
+
+
+class ItemPage(BaseModel):
+    """A page of items, in the order in which they were last written."""
+
+    model: str
+    gallery_version: int
+    items: list[ListedItem]
+    next: str | None = Field(description="The cursor of the next page.")
+
+
+class Neighbour(BaseModel):
+    """One neighbour."""
+
+    id: str
+    similarity: float = Field(description="Cosine, -1..1.")
+    metadata: dict[str, Any] | None = None
+    vector: Vector | None = None
+
+
+class NeighboursAnswer(BaseModel):
+    """Neighbours of each query, most similar first; equal ones in the order of their writing."""
+
+    model: str
+    gallery_version: int
+    exact: bool
+    results: list[list[Neighbour]]
+
+
+class GroupMember(BaseModel):
+    """One item that was reached."""
+
+    id: str
+    step: int = Field(description="The hop at which it was discovered, from 1.")
+    via: str | None = Field(description="The item through which; null: the anchor is no item.")
+    similarity: float = Field(description="Cosine to the anchor, -1..1.")
+
+
+class GroupAnswer(BaseModel):
+    """What was reached from one anchor."""
+
+    members: list[GroupMember]
+    reached: int
+    truncated: bool
+
+
+class GroupsAnswer(BaseModel):
+    """One group for each anchor."""
+
+    model: str
+    gallery_version: int
+    results: list[GroupAnswer]
+
+
+class Readiness(BaseModel):
+    """What the service waits for."""
+
+    status: str
+    checks: dict[str, str]
+
+
+class LimitInfo(BaseModel):
+    """A limit of requests."""
+
+    limit: int | float
+    setting: str
+
+
+class InfoAnswer(BaseModel):
+    """What is running here."""
+
+    model: str
+    gallery_version: int
+    dims: dict[str, int]
+    input: dict[str, Any]
+    training: dict[str, Any] | None
+    parity: dict[str, Any] | None
+    execution_provider: str
+    search: dict[str, Any]
+    gallery: dict[str, Any]
+    limits: dict[str, LimitInfo]
+    versions: dict[str, str]
+
+
+class ProblemDocument(BaseModel):
+    """RFC 9457; further members depend on the code."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    limit: int | float | None = None
+    setting: str | None = None
+    errors: list[dict[str, Any]] | None = None

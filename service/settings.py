@@ -1,0 +1,170 @@
+"""Every setting of the service: the only place that reads the environment.
+
+In: environment variables INVPROP_... or keyword arguments (the command line passes them). Out: one
+frozen `Settings`; an unknown name or a value out of range is a validation error that names it.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from trainer.representation.preprocess import MAX_PIXELS
+
+ENV_PREFIX = "INVPROP_"
+MIB = 2**20
+
+
+class Settings(BaseSettings):
+    """What an operator may choose. Sizes in bytes, times in seconds; 0 threads = one per core."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    bundle: Path = Field(description="Directory of the exported bundle; only read.")
+    state: Path = Field(
+        description="Directory of the gallery's operations log; made if missing, one owner."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
+    )
+
+    execution_provider: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where the encoder runs. `auto`: CUDA when it really loads, else the CPU. "
+        "`cuda`: not starting is better than running elsewhere.",
+    )
+    inference_threads: int = Field(
+        default=0, ge=0, le=256, description="Encoder runs at a time on the CPU, one thread each."
+    )
+    search_threads: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="Searches at a time, one thread each; also parses bodies.",
+    )
+    max_batch: int = Field(
+        default=32, ge=1, le=1024, description="Images in one run of the encoder."
+    )
+    queue_size: int = Field(
+        default=1024,
+        ge=1,
+        le=1_000_000,
+        description="Images accepted and not yet embedded, over all requests; then 429.",
+    )
+    max_pending: int = Field(
+        default=256, ge=1, le=100_000, description="Searches or writes waiting, each; then 429."
+    )
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="From the start of a request to its answer; 504."
+    )
+
+    decoder_processes: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Child processes that decode images; 0 = one per core, at most 4.",
+    )
+    decode_timeout_s: float = Field(
+        default=3.0,
+        gt=0,
+        le=60,
+        description="Wall time for one image; past it the child is killed.",
+    )
+    decoder_memory_bytes: int = Field(
+        default=2048 * MIB, ge=256 * MIB, description="Address space of a decoder process."
+    )
+    decoder_lifetime_images: int = Field(
+        default=500, ge=1, description="A decoder process is replaced after so many images."
+    )
+
+    max_body_bytes: int = Field(
+        default=64 * MIB, ge=1024, description="Size of a request's body; 413."
+    )
+    max_line_bytes: int = Field(
+        default=32 * MIB,
+        ge=1024,
+        description="Size of one line of an NDJSON body; the line is rejected.",
+    )
+    max_images: int = Field(
+        default=256, ge=1, le=100_000, description="Images in one request; 413."
+    )
+    max_rows: int = Field(
+        default=10_000, ge=1, le=1_000_000, description="Vectors, ids or items in one request; 413."
+    )
+    max_results: int = Field(
+        default=500_000, ge=1, description="Queries x k of one /neighbours request; 422."
+    )
+    max_image_pixels: int = Field(
+        default=MAX_PIXELS, ge=1, description="Width x height of an image, read from its header."
+    )
+    max_metadata_bytes: int = Field(
+        default=16_384, ge=2, description="Metadata of one item, as JSON; the item is rejected."
+    )
+    max_page: int = Field(
+        default=1000, ge=1, le=100_000, description="Items on one page of GET /items."
+    )
+    max_group_walk: int = Field(
+        default=20_000,
+        ge=1,
+        le=1_000_000,
+        description="Walks of one /groups request: anchors x (k + k^2 + ... + k^steps); 422.",
+    )
+
+    idempotency_ttl_s: float = Field(
+        default=86_400.0, gt=0, description="How long an Idempotency-Key and its answer are kept."
+    )
+    drain_delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=300,
+        description="On SIGTERM: /readyz says 503 for so long before connections are refused.",
+    )
+    shutdown_timeout_s: int = Field(
+        default=25, ge=1, le=600, description="On SIGTERM: time for running requests to end."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_images > self.queue_size:
+            raise ValueError(
+                f"max_images = {self.max_images} is larger than queue_size = {self.queue_size}: "
+                "such a request could never be accepted"
+            )
+        return self
+
+    def resolved_inference_threads(self) -> int:
+        """The number behind `inference_threads` on this machine."""
+        return self.inference_threads or usable_cores()
+
+    def resolved_search_threads(self) -> int:
+        """The number behind `search_threads` on this machine."""
+        return self.search_threads or usable_cores()
+
+    def resolved_decoder_processes(self) -> int:
+        """The number behind `decoder_processes` on this machine."""
+        return self.decoder_processes or min(4, usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+# What /info tells a client about limits, and the setting that each one comes from.
+CLIENT_LIMITS = (
+    "max_body_bytes",
+    "max_line_bytes",
+    "max_images",
+    "max_rows",
+    "max_results",
+    "max_image_pixels",
+    "max_metadata_bytes",
+    "max_page",
+    "max_group_walk",
+    "queue_size",
+    "request_timeout_s",
+    "decode_timeout_s",
+)

@@ -1,0 +1,178 @@
+"""A tiny but real bundle, and the service on it: the parts are the real ones, only small.
+
+The encoder is a projection of the pixels, made with onnx.helper: no torch, tests stay fast.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+from trainer.representation.bundle import Bundle, BundleGallery, open_bundle, write_bundle
+from trainer.representation.neighbours import exact_graph
+from trainer.representation.preprocess import InputContract, prepare
+
+SIDE, FEATURES, DIM, IMAGES, K = 8, 16, 12, 40, 4
+
+
+def encoder_onnx(seed: int = 0) -> bytes:
+    """uint8 (B, 8, 8, 3) -> features (B, 16), embedding (B, 12) of unit length."""
+    generator = np.random.default_rng(seed)
+    to_features = generator.standard_normal((SIDE * SIDE * 3, FEATURES)).astype(np.float32)
+    to_embedding = generator.standard_normal((FEATURES, DIM)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["real"], ["flat"], axis=1),
+        helper.make_node("Sub", ["flat", "mean"], ["centred"]),
+        helper.make_node("MatMul", ["centred", "to_features"], ["features"]),
+        helper.make_node("MatMul", ["features", "to_embedding"], ["projected"]),
+        helper.make_node("LpNormalization", ["projected"], ["embedding"], axis=1, p=2),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])],
+        [
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", FEATURES]),
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", DIM]),
+        ],
+        [
+            numpy_helper.from_array(np.float32(127.3), "mean"),
+            numpy_helper.from_array(to_features, "to_features"),
+            numpy_helper.from_array(to_embedding, "to_embedding"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def unit_rows(count: int, dim: int = DIM, seed: int = 0) -> NDArray[np.float32]:
+    """Random float32 rows of unit length."""
+    rows = np.random.default_rng(seed).standard_normal((count, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def build_bundle(directory: Path, *, images: int = IMAGES, seed: int = 0) -> Path:
+    """Write a bundle whose gallery holds random vectors with the ids train/0000.png, ..."""
+    embeddings = unit_rows(images, seed=seed)
+    return write_bundle(
+        directory,
+        encoder_onnx=encoder_onnx(seed),
+        weights=b"",
+        contract=InputContract(size_px=SIDE),
+        feature_dim=FEATURES,
+        embedding_dim=DIM,
+        pixel_mean=[0.5] * 3,
+        pixel_std=[0.5] * 3,
+        recipe={"name": "test"},
+        training={"epochs": 0},
+        parity={},
+        provenance={},
+        card="# test\n",
+        gallery=BundleGallery(
+            [f"train/{i:04d}.png" for i in range(images)], embeddings, exact_graph(embeddings, K)
+        ),
+    )
+
+
+def encoded(
+    seed: int = 0, *, mode: str = "RGB", size: tuple[int, int] = (20, 14), format: str = "PNG"
+) -> bytes:
+    """A picture of noise as a file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def bundle_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a gallery of 40."""
+    return build_bundle(tmp_path_factory.mktemp("bundle") / "encoder")
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_directory: Path) -> Bundle:
+    """The same, opened."""
+    return open_bundle(bundle_directory)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """picture(seed, mode=..., size=..., format=...) -> a file."""
+    return encoded
+
+
+@pytest.fixture(scope="session")
+def random_units() -> Callable[..., NDArray[np.float32]]:
+    """random_units(count, dim, seed) -> (count, dim) float32 of unit length."""
+    return unit_rows
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., Path]:
+    """make_bundle(directory, images=..., seed=...) -> a bundle."""
+    return build_bundle
+
+
+@dataclass
+class Service:
+    """A running application and what is known of its parts."""
+
+    client: TestClient
+    bundle: Bundle
+    state: Path
+    settings: Settings
+
+    def embedding(self, image: bytes) -> NDArray[np.float32]:
+        """The reference: prepared here, projected by numpy in float64."""
+        model = onnx.load_from_string(self.bundle.encoder_onnx())
+        weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        pixels = prepare(image, self.bundle.contract).reshape(-1).astype(np.float64)
+        projected = (pixels - weights["mean"]) @ weights["to_features"] @ weights["to_embedding"]
+        return (projected / np.linalg.norm(projected)).astype(np.float32)
+
+
+def start(bundle: Bundle, state: Path, **options: object) -> Iterator[Service]:
+    """Run the application until the generator ends."""
+    settings = Settings.model_validate(
+        {"bundle": bundle.directory, "state": state, "decoder_processes": 1, **options}
+    )
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        while client.get("/readyz").status_code != 200:
+            failure = client.app.state.runtime.failure  # type: ignore[attr-defined]
+            assert failure is None, failure
+        yield Service(client, bundle, state, settings)
+
+
+@pytest.fixture(scope="session")
+def shared_service(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service for all tests that change nothing."""
+    yield from start(bundle, tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture
+def service(bundle: Bundle, tmp_path: Path) -> Iterator[Service]:
+    """A service of its own for a test that changes the gallery."""
+    yield from start(bundle, tmp_path / "state")
+
+
+@pytest.fixture
+def start_service(bundle: Bundle) -> Callable[..., Iterator[Service]]:
+    """start_service(state, max_images=1, ...) -> a generator of one running service."""
+
+    def _start(state: Path, **options: object) -> Iterator[Service]:
+        return start(bundle, state, **options)
+
+    return _start
