@@ -47,6 +47,7 @@ def write_artifact(
     token = uuid.uuid4().hex[:12]
     fresh = directory.parent / f".{directory.name}.new-{token}"
     retired = directory.parent / f".{directory.name}.old-{token}"
+    placed = False
     try:
         fresh.mkdir()
         for name, content in files.items():
@@ -59,9 +60,10 @@ def write_artifact(
         if directory.exists():
             directory.rename(retired)
         fresh.rename(directory)
+        placed = True
         _synchronise_directory(directory.parent)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(directory if placed else fresh, ignore_errors=True)
         if retired.exists() and not directory.exists():
             retired.rename(directory)
         raise
@@ -127,6 +129,8 @@ def verify_file(directory: Path, manifest: Mapping[str, Any], name: str) -> Path
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a name that no file system takes
+        raise ArtifactError(f"{str(path)!a} cannot be read: {error}") from error
     if digest != entry["sha256"]:
         raise ArtifactError(
             f"{path} is damaged or was replaced: its sha256 is {digest[:16]}..., its manifest says "
