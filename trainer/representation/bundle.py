@@ -86,7 +86,7 @@ class Bundle:
         try:
             ids = json.loads(self.read(GALLERY_IDS))
             embeddings, neighbours, similarities = (
-                np.load(io.BytesIO(self.read(name)), allow_pickle=False)
+                np.lib.format.read_array(io.BytesIO(self.read(name)), allow_pickle=False)
                 for name in (GALLERY_EMBEDDINGS, GALLERY_NEIGHBOURS, GALLERY_SIMILARITIES)
             )
             gallery = BundleGallery(ids, embeddings, KnnGraph(neighbours, similarities))
@@ -195,15 +195,18 @@ def open_bundle(directory: str | Path) -> Bundle:
 
 def _model_id(manifest: Mapping[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "model_id"}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    # ASCII, so that even text that is no valid Unicode has a hash, and an edit is told as an edit.
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def _check_gallery(gallery: BundleGallery, dim: int) -> None:
     ids, embeddings, graph = gallery
+    if not isinstance(ids, list) or not all(
+        isinstance(i, str) and 1 <= len(i) <= MAX_ID_LENGTH for i in ids
+    ):
+        raise ValueError(f"ids must be a list of strings of 1..{MAX_ID_LENGTH} characters")
     count = len(ids)
-    if not all(isinstance(i, str) and 1 <= len(i) <= MAX_ID_LENGTH for i in ids):
-        raise ValueError(f"ids must be strings of 1..{MAX_ID_LENGTH} characters")
     if len(set(ids)) != count:
         raise ValueError("ids must differ from each other")
     if embeddings.shape != (count, dim) or embeddings.dtype != np.float32:
@@ -222,6 +225,8 @@ def _check_gallery(gallery: BundleGallery, dim: int) -> None:
         raise ValueError("the graph must be int64 neighbours and float32 similarities")
     if neighbours.size and (neighbours.min() < -1 or neighbours.max() >= count):
         raise ValueError("the graph names rows that are not there")
+    if (neighbours == np.arange(count)[:, None]).any():
+        raise ValueError("the graph has a node that is its own neighbour")
 
 
 def _preprocessor(
