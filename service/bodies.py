@@ -95,12 +95,12 @@ def check_count(what: str, count: int, settings: Settings, setting: str) -> None
         raise over_limit("too_many", what, count, setting, limit)
 
 
-def parse_json(body: bytes) -> Any:
-    """Parse a JSON body."""
+def parse_json(text: bytes, what: str = "the body") -> Any:
+    """Parse JSON; `what` names it in the problem."""
     try:
-        return orjson.loads(body)
+        return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise Problem("bad_request", f"the body is no JSON: {error}") from None
+        raise Problem("bad_request", f"{what} is no JSON: {error}") from None
 
 
 def validate(model: type[Options], values: Any) -> Options:
@@ -163,7 +163,8 @@ def decode_image_text(text: str) -> bytes | ImageRejected:
     if match is None and ":" in text[:32]:
         scheme = text.partition(":")[0][:16]
         return ImageRejected(
-            f"{scheme}: is not read; send the image itself as data:image/...;base64,... or base64"
+            f"{scheme}: addresses are not fetched; send the image itself as "
+            "data:image/...;base64,... or bare base64"
         )
     try:
         image = base64.b64decode(text[match.end() if match else 0 :], validate=True)

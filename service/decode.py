@@ -124,6 +124,9 @@ class DecoderPool:
         child: _Child | None = first
         while (job := self._jobs.get()) is not None:
             image, future = job
+            if child is not None and child.has_ended():  # while idle: not this image's doing
+                self._retire(child, "died")
+                child = None
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -203,6 +206,9 @@ class _Child:
             ) from error
         if kind != READY:
             raise DecoderUnavailable(f"a decoder process said {kind!r} instead of being ready")
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def decode(self, image: bytes, timeout_s: float, side: int) -> Pixels:
         self.images += 1

@@ -9,6 +9,7 @@ fails says `error: ...` and exits with 1.
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -135,7 +136,8 @@ def _listen(settings: Settings) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise StartError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose "
+            f"cannot listen on {settings.host} port {settings.port}: "
+            f"{os.strerror(error.errno or 0)}; choose "
             "another --port, or end what uses it"
         ) from error
 

@@ -245,8 +245,7 @@ class Runtime:
         try:
             await self._load_parts()
         except START_ERRORS as error:
-            self.failure = error
-            _log.error("start_failed", reason=str(error))
+            self.failure = error  # whoever runs the application says it
         except Exception as error:  # noqa: BLE001 - a door: the process ends with this defect
             self.failure = error
             _log.error("start_failed", exc_info=error)

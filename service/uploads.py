@@ -74,7 +74,7 @@ def from_form(
     """Multipart: ids are the file names, `metadata` a JSON list aligned with the images."""
     listed: Any = [{}] * len(named)
     if metadata is not None:
-        listed = bodies.parse_json(metadata)
+        listed = bodies.parse_json(metadata, "the part metadata")
         if not isinstance(listed, list) or len(listed) != len(named):
             got = f"{len(listed)} entries" if isinstance(listed, list) else "no list"
             raise Problem(

@@ -100,7 +100,10 @@ class LoggedGallery:
             return None
         if kept.digest != idempotency.digest:
             raise IdempotencyConflict(idempotency.key)
-        return Applied(**orjson.loads(kept.answer))
+        answer = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in orjson.loads(kept.answer).items()
+        }
+        return Applied(**answer)
 
     def apply(self, change: Change) -> "Future[Applied]":
         """Queue a change; see protocol.Gallery."""

@@ -29,7 +29,8 @@ def as_unit(values: Sequence[float] | Any, dim: int) -> Vectors:
     except ValueError:  # lists of different lengths
         given = np.asarray(None)
     if given.dtype.kind not in "fiu" or given.shape != (dim,):
-        what = f"shape {given.shape}" if given.dtype.kind in "fiu" else "no list of numbers"
+        numbers = given.dtype.kind in "fiu" and given.ndim == 1
+        what = f"{len(given)}" if numbers else "no list of numbers"
         raise ValueError(f"a vector of this model is {dim} numbers, got {what}")
     exact = given.astype(np.float64)
     with np.errstate(over="ignore"):  # seen as an infinite length below

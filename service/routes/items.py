@@ -237,7 +237,7 @@ def _page(runtime: Runtime, limit: int, after: int, wanted: dict[str, Any] | Non
 
 
 def _parse_filter(text: str) -> dict[str, Any]:
-    values = bodies.parse_json(text.encode())
+    values = bodies.parse_json(text.encode(), "filter")
     try:
         return _FILTER.validate_python(values, strict=True)
     except ValidationError as error:

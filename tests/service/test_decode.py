@@ -1,0 +1,204 @@
+"""service.decode: the pool gives the very pixels of `prepare`, and outlives what kills its children."""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from service.decode import DecoderPool, DecoderUnavailable
+from trainer.representation.preprocess import ImageRejected, InputContract, prepare
+
+CONTRACT = InputContract(size_px=8, crop_fraction=0.875)
+WAIT_S = 30
+
+
+def make_pool(contract: InputContract = CONTRACT, **options: object) -> DecoderPool:
+    defaults: dict[str, object] = {
+        "size": 1,
+        "timeout_s": 20.0,
+        "memory_bytes": 2**30,
+        "lifetime_images": 500,
+        "max_pixels": 1_000_000,
+        "max_image_bytes": 2**24,
+    }
+    return DecoderPool(contract, **(defaults | options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    pool = make_pool()
+    yield pool
+    pool.close()
+
+
+def children() -> list[psutil.Process]:
+    """The live decoder processes of this test process."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and "service.decoder_process" in child.cmdline()
+    ]
+
+
+def pool_with_its_child(**options: object) -> tuple[DecoderPool, psutil.Process]:
+    """A pool of one, and its process (pools of other tests may be alive too)."""
+    before = {child.pid for child in children()}
+    pool = make_pool(**options)  # type: ignore[arg-type]
+    (child,) = [child for child in children() if child.pid not in before]
+    return pool, child
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("RGB", "JPEG"), ("RGB", "PNG"), ("RGB", "WEBP"), ("L", "JPEG"), ("L", "PNG"), ("1", "PNG")]
+    + [("RGBA", "PNG"), ("RGBA", "WEBP"), ("LA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")]
+    + [("I;16", "PNG")],
+)
+def test_pool__gives_the_pixels_of_prepare(
+    pool: DecoderPool, picture: Callable[..., bytes], mode: str, format: str
+) -> None:
+    if mode == "I;16":
+        grey = np.linspace(0, 65535, 300).astype(np.uint16).reshape(15, 20)
+        buffer = io.BytesIO()
+        Image.fromarray(grey).save(buffer, "PNG")
+        image = buffer.getvalue()
+    else:
+        image = picture(3, mode=mode, size=(61, 40), format=format)
+    np.testing.assert_array_equal(
+        pool.submit(image).result(WAIT_S), prepare(image, CONTRACT), strict=True
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pool__turns_as_exif_says(
+    pool: DecoderPool, picture: Callable[..., bytes], orientation: int
+) -> None:
+    source = Image.open(io.BytesIO(picture(4, size=(30, 21))))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    source.save(buffer, "PNG", exif=exif)
+    pixels = pool.submit(buffer.getvalue()).result(WAIT_S)
+    np.testing.assert_array_equal(pixels, prepare(buffer.getvalue(), CONTRACT))
+    if orientation == 3:  # half a turn, by hand
+        turned = io.BytesIO()
+        source.rotate(180).save(turned, "PNG")
+        np.testing.assert_array_equal(pixels, prepare(turned.getvalue(), CONTRACT))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [(b"", "empty"), (b"GIF89a" + b"\0" * 40, "no readable"), (b"no picture", "no readable")],
+)
+def test_pool__refuses_what_is_no_picture(pool: DecoderPool, image: bytes, reason: str) -> None:
+    with pytest.raises(ImageRejected, match=reason):
+        pool.submit(image).result(WAIT_S)
+
+
+def test_pool__refuses_a_truncated_picture(
+    pool: DecoderPool, picture: Callable[..., bytes]
+) -> None:
+    with pytest.raises(ImageRejected, match="damaged or cut short"):
+        pool.submit(picture(5, format="JPEG")[:-60]).result(WAIT_S)
+
+
+def test_pool__believes_the_header_before_decoding(pool: DecoderPool) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (1001, 1000)).save(buffer, "PNG")
+    with pytest.raises(ImageRejected, match=r"1001 x 1000 = 1,001,000 pixels; at most 1,000,000"):
+        pool.submit(buffer.getvalue()).result(WAIT_S)
+
+
+def test_pool__says_when_an_image_needs_too_much_memory() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (5000, 5000)).save(buffer, "PNG")  # 100 MB for each of its copies
+    pool = make_pool(memory_bytes=2**28, max_pixels=100_000_000)
+    try:
+        with pytest.raises(ImageRejected, match="needs more memory"):
+            pool.submit(buffer.getvalue()).result(WAIT_S)
+    finally:
+        pool.close()
+
+
+def test_pool__kills_a_decoder_that_overruns_and_serves_the_next_image(
+    picture: Callable[..., bytes],
+) -> None:
+    replaced: list[str] = []
+    pool, stalled = pool_with_its_child(timeout_s=1.0, on_replaced=replaced.append)
+    try:
+        stalled.suspend()
+        with pytest.raises(ImageRejected, match="longer than 1 s"):
+            pool.submit(picture(6)).result(WAIT_S)
+        assert pool.submit(picture(6)).result(WAIT_S).shape == (8, 8, 3)
+        assert replaced == ["timeout"]
+        assert stalled.pid not in [child.pid for child in children()]
+    finally:
+        pool.close()
+
+
+def test_pool__rejects_only_the_image_that_kills_its_decoder(
+    picture: Callable[..., bytes],
+) -> None:
+    replaced: list[str] = []
+    pool, victim = pool_with_its_child(on_replaced=replaced.append)
+    try:
+        victim.suspend()
+        deadly, next_one = pool.submit(picture(7)), pool.submit(picture(8))
+        while not deadly.running():
+            os.sched_yield()
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(ImageRejected, match="gave up"):
+            deadly.result(WAIT_S)
+        np.testing.assert_array_equal(next_one.result(WAIT_S), prepare(picture(8), CONTRACT))
+        assert replaced == ["died"]
+    finally:
+        pool.close()
+
+
+def test_pool__does_not_blame_an_image_for_a_decoder_that_died_idle(
+    picture: Callable[..., bytes],
+) -> None:
+    pool, victim = pool_with_its_child()
+    try:
+        victim.kill()
+        while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+            os.sched_yield()
+        assert pool.submit(picture(9)).result(WAIT_S).shape == (8, 8, 3)
+    finally:
+        pool.close()
+
+
+def test_pool__replaces_a_decoder_after_its_lifetime(picture: Callable[..., bytes]) -> None:
+    replaced: list[str] = []
+    pool = make_pool(lifetime_images=2, on_replaced=replaced.append)
+    try:
+        futures = [pool.submit(picture(seed)) for seed in range(5)]
+        for seed, future in enumerate(futures):
+            np.testing.assert_array_equal(future.result(WAIT_S), prepare(picture(seed), CONTRACT))
+        assert replaced == ["lifetime", "lifetime"]
+    finally:
+        pool.close()
+
+
+def test_pool__leaves_no_process_behind(picture: Callable[..., bytes]) -> None:
+    before = {child.pid for child in children()}
+    pool = make_pool(size=2)
+    started = [child for child in children() if child.pid not in before]
+    assert len(started) == 2
+    pool.submit(picture(1)).result(WAIT_S)
+    pool.close()
+    assert {child.pid for child in children()} == before
+    with pytest.raises(DecoderUnavailable):
+        pool.submit(picture(1))
+
+
+def test_pool__says_when_no_decoder_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DecoderUnavailable, match="did not start"):
+        make_pool()
