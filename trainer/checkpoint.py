@@ -21,7 +21,12 @@ from torch import Tensor
 
 from trainer.encoder import Encoder
 from trainer.memory_bank import MemoryBank
-from trainer.representation.artifact import ArtifactError, open_artifact, write_artifact
+from trainer.representation.artifact import (
+    ArtifactError,
+    open_artifact,
+    remove_unfinished,
+    write_artifact,
+)
 from trainer.schedule import Position
 
 SCHEMA = "invprop.checkpoint/1"
@@ -106,6 +111,8 @@ def save_checkpoint(
     }
     epoch, step = progress.position
     path = directory / f"epoch-{epoch:04d}-step-{step:06d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(directory)
     write_artifact(path, files, {"schema": SCHEMA})
     for old in checkpoints(directory)[keep:]:
         shutil.rmtree(old)

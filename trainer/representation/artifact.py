@@ -1,13 +1,16 @@
 """A directory that is either whole or not there: bundles and checkpoints are written this way.
 
 In: named files as bytes. Out: a directory whose manifest.json holds the size and sha256 of each.
-Written under a temporary name, every file and the directory synchronised to disk, then renamed.
+Written under a temporary name, every file and the directory synchronised to disk, then renamed; an
+older one of the same name is exchanged for it in one step.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -15,6 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "manifest.json"
+
+# Names while writing; what a killed writer left behind is recognised by them.
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(new|old)-[0-9a-f]{12}")
+# Linux: swap two paths in one step. Values of AT_FDCWD and RENAME_EXCHANGE in its headers.
+_HERE, _EXCHANGE = -100, 2
 
 
 class ArtifactError(Exception):
@@ -26,8 +34,9 @@ def write_artifact(
 ) -> dict[str, Any]:
     """Write `files` and a manifest of `facts` plus their hashes as one directory, all or nothing.
 
-    An older artifact of the same name is replaced only when the new one is complete on disk. On any
-    error nothing of the new one is left behind and the older one stays.
+    An older artifact of the same name is replaced only when the new one is complete on disk, in one
+    step where the system can (Linux), so that even a kill leaves one of the two. On any error
+    nothing of the new one is left behind and the older one stays.
 
     Returns:
         the manifest as written: `facts` with `files` = {path: {sha256, size_bytes}}.
@@ -47,6 +56,7 @@ def write_artifact(
     token = uuid.uuid4().hex[:12]
     fresh = directory.parent / f".{directory.name}.new-{token}"
     retired = directory.parent / f".{directory.name}.old-{token}"
+    remove_unfinished(directory.parent, only=directory.name)
     placed = False
     try:
         fresh.mkdir()
@@ -57,18 +67,35 @@ def write_artifact(
         _write_synchronised(fresh / MANIFEST, json.dumps(manifest, indent=1).encode())
         for folder, _, _ in os.walk(fresh):
             _synchronise_directory(Path(folder))
-        if directory.exists():
-            directory.rename(retired)
-        fresh.rename(directory)
-        placed = True
+        if directory.exists() and _exchange(fresh, directory):
+            placed = True
+            fresh.rename(retired)
+        else:
+            if directory.exists():
+                directory.rename(retired)
+            fresh.rename(directory)
+            placed = True
         _synchronise_directory(directory.parent)
     except BaseException:
         shutil.rmtree(directory if placed else fresh, ignore_errors=True)
-        if retired.exists() and not directory.exists():
-            retired.rename(directory)
+        older = fresh if placed and fresh.exists() else retired
+        if older.exists() and not directory.exists():
+            older.rename(directory)
         raise
     shutil.rmtree(retired, ignore_errors=True)
     return manifest
+
+
+def remove_unfinished(parent: str | Path, *, only: str | None = None) -> None:
+    """Remove what writers that were killed left in `parent`; nobody may be writing there.
+
+    Args:
+        only: the name of the artifact whose leftovers are meant; None for all.
+    """
+    for path in list(Path(parent).iterdir()):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match and only in (None, match["name"]):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def file_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
@@ -137,6 +164,19 @@ def verify_file(directory: Path, manifest: Mapping[str, Any], name: str) -> Path
             f"{str(entry['sha256'])[:16]}..."
         )
     return path
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _write_synchronised(path: Path, content: bytes) -> None:

@@ -1,15 +1,22 @@
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer.representation import artifact
-from trainer.representation.artifact import ArtifactError, open_artifact, write_artifact
+from trainer.representation.artifact import (
+    ArtifactError,
+    open_artifact,
+    remove_unfinished,
+    write_artifact,
+)
 
 FILES = {
     "weights.bin": np.random.default_rng(0).bytes(5_000),
@@ -202,3 +209,48 @@ def test_write__disk_limit_reached_within_a_file(tmp_path: Path) -> None:
     assert ran.stdout.strip() == os.strerror(errno.EFBIG)
     assert open_artifact(directory)["age"] == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+REWRITER = """
+import sys
+from trainer.representation.artifact import write_artifact
+age = 0
+while True:
+    age += 1
+    content = str(age).encode() * 2000
+    write_artifact(sys.argv[1], {"one": content, "two": content}, {"age": age})
+    print(age, flush=True)
+"""
+
+
+def test_write__killed_while_replacing_leaves_one_whole_artifact(tmp_path: Path) -> None:
+    directory, draw, newest = tmp_path / "artifact", random.Random(0), 0
+    for _ in range(12):
+        with subprocess.Popen(
+            [sys.executable, "-c", REWRITER, str(directory)], stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()  # at least one is acknowledged
+            for _ in range(draw.randrange(3)):
+                writer.stdout.readline()
+            time.sleep(draw.random() * 0.01)  # a moment within the next one
+            writer.kill()
+            lines = writer.stdout.read().split()
+        manifest = open_artifact(directory)
+        age = manifest["age"]
+        assert (directory / "one").read_bytes() == str(age).encode() * 2000
+        newest = int(lines[-1]) if lines else newest
+        assert age >= (newest if lines else 1)
+    written(directory, {"age": "last"})
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]  # no leftovers
+
+
+def test_remove_unfinished__takes_nothing_else(tmp_path: Path) -> None:
+    litter = [".run.new-0123456789ab", ".run.old-0123456789ab", ".other.new-0123456789ab"]
+    kept = ["run", ".run.new-short", "run.new-0123456789ab"]
+    for name in litter + kept:
+        (tmp_path / name).mkdir()
+    remove_unfinished(tmp_path, only="run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, litter[2]])
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
