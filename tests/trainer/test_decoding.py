@@ -1,0 +1,143 @@
+"""The first pass over all images, and the stock that crops are taken from.
+
+Run: pytest tests/trainer/test_decoding.py
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.config import DataConfig, load_recipe
+from trainer.datasets import DataError, open_source
+from trainer.decoding import CropStock, DecodePool, prepare_all, survey
+from trainer.representation.preprocess import InputContract
+
+
+def _config(**changes: object) -> DataConfig:
+    return load_recipe("folder").data.model_copy(update={"max_skipped": 0.5, **changes})
+
+
+def _damage(root: Path, huge_png: bytes) -> None:
+    """Five files that cannot be used, among others that can."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / "whole.jpg")
+    whole = (root / "whole.jpg").read_bytes()
+    (root / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "zero.png").write_bytes(b"")
+    (root / "text.png").write_text("no image")
+    (root / "huge.png").write_bytes(huge_png)
+    (root / "gif.jpg").write_bytes(b"GIF89a" + bytes(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_survey__skips_what_cannot_be_used_and_says_why(
+    pictures: Callable[..., Path], huge_png: bytes, workers: int
+) -> None:
+    root = pictures(12, nested=False)
+    _damage(root, huge_png)
+    seen: list[int] = []
+    with DecodePool(workers) as pool:
+        found = survey(open_source(str(root)), pool, _config(), size_px=8, advance=seen.append)
+    assert sum(seen) == 18
+    assert found.source.ids == (*(f"{i:03d}.png" for i in range(12)), "whole.jpg")
+    reasons = {file.id: file.reason for file in found.skipped}
+    assert set(reasons) == {"gif.jpg", "huge.png", "text.png", "truncated.jpg", "zero.png"}
+    assert "too many pixels" in reasons["huge.png"]
+    assert "0 bytes" in reasons["zero.png"]
+    assert "damaged or cut short" in reasons["truncated.jpg"]
+    assert "no readable" in reasons["text.png"]
+    assert found.stored is not None
+    assert [image.shape for image in found.stored[:3]] == [(9, 9, 3), (10, 9, 3), (10, 9, 3)]
+
+
+def test_survey__of_a_file_that_cannot_be_opened(pictures: Callable[..., Path]) -> None:
+    root = pictures(4, nested=False)
+    source = open_source(str(root))
+    (root / "001.png").unlink()
+    with DecodePool(0) as pool:
+        found = survey(source, pool, _config(), size_px=8)
+    assert found.skipped[0].reason == "the file cannot be opened: No such file or directory"
+
+
+def test_survey__more_skipped_than_allowed(pictures: Callable[..., Path], huge_png: bytes) -> None:
+    root = pictures(12, nested=False)
+    _damage(root, huge_png)
+    told = r"5 of 18 images cannot be used, more than the 5% .*gif\.jpg: .*zero\.png: .*0 bytes"
+    with DecodePool(0) as pool, pytest.raises(DataError, match=told):
+        survey(open_source(str(root)), pool, _config(max_skipped=0.05), size_px=8)
+
+
+def test_survey__exactly_as_many_skipped_as_allowed(pictures: Callable[..., Path]) -> None:
+    root = pictures(20, nested=False)
+    (root / "000.png").write_bytes(b"")
+    with DecodePool(0) as pool:
+        found = survey(open_source(str(root)), pool, _config(max_skipped=0.05), size_px=8)
+    assert len(found.source) == 19
+
+
+def test_survey__fingerprint_tells_which_were_skipped(pictures: Callable[..., Path]) -> None:
+    root = pictures(8, nested=False)
+    source = open_source(str(root))
+    with DecodePool(0) as pool:
+        whole = survey(source, pool, _config(), size_px=8).source.fingerprint
+        content = bytearray((root / "000.png").read_bytes())
+        content[40:60] = bytes(20)
+        (root / "000.png").write_bytes(content)  # of the same size
+        damaged = survey(source, pool, _config(), size_px=8).source.fingerprint
+    assert whole != damaged
+
+
+def test_stock__past_the_limit_decodes_the_same_pixels(pictures: Callable[..., Path]) -> None:
+    source = open_source(str(pictures(20)))
+    batches = [np.array([3, 1, 19]), np.array([0, 0, 7]), *[np.array([i]) for i in range(9)]]
+    with DecodePool(0) as pool:
+        stored = survey(source, pool, _config(), size_px=8).stored
+        held = list(CropStock(source, stored, pool, size_px=8).batches(batches))
+        # 20 images of at least 9 x 9 x 3 bytes do not fit 2,000 bytes.
+        limit = _config(resident_limit_bytes=2000)
+        assert survey(source, pool, limit, size_px=8).stored is None
+        streamed = list(CropStock(source, None, pool, size_px=8).batches(batches))
+    with DecodePool(2) as pool:
+        spawned = list(CropStock(source, None, pool, size_px=8).batches(batches))
+    assert [len(batch) for batch in held] == [3, 3, *[1] * 9]
+    for one, two, three in zip(held, streamed, spawned, strict=True):
+        for a, b, c in zip(one, two, three, strict=True):
+            assert a.shape == b.shape == c.shape
+            assert (a == b).all()
+            assert (a == c).all()
+
+
+def test_stock__streamed_file_that_went_away_since(pictures: Callable[..., Path]) -> None:
+    root = pictures(4, nested=False)
+    source = open_source(str(root))
+    (root / "002.png").unlink()
+    with DecodePool(0) as pool, pytest.raises(DataError, match=r"002\.png could be read when"):
+        list(CropStock(source, None, pool, size_px=8).batches([np.array([2])]))
+
+
+def test_prepare_all__is_the_sources_prepared(pictures: Callable[..., Path]) -> None:
+    source, contract = open_source(str(pictures(20))), InputContract(size_px=8)
+    with DecodePool(0) as pool:
+        made = prepare_all(source, contract, pool)
+        assert prepare_all(source.subset([]), contract, pool).shape == (0, 8, 8, 3)
+    assert (made == source.prepared(range(20), contract)).all()
+
+
+def _die(item: int) -> int:
+    os._exit(item)
+
+
+def test_pool__whose_process_dies() -> None:
+    with DecodePool(1) as pool, pytest.raises(DataError, match="decoding process died"):
+        list(pool.stream(_die, [3]))
+
+
+def test_pool__that_is_left_early_ends() -> None:
+    with DecodePool(1) as pool:
+        stream = pool.stream(abs, range(-100, 0))
+        assert next(stream) == 100
+        stream.close()  # type: ignore[attr-defined]
