@@ -163,7 +163,8 @@ def readiness(answer: Answer) -> Readiness:
     """Read /readyz, of status 200 or 503."""
     fields = fields_of(answer)
     checks = {str(name): str(state) for name, state in fields["checks"].items()}
-    return Readiness(str(fields["status"]), checks)
+    # A service that is not ready answers with a problem: its code is the word, not the number.
+    return Readiness(str(fields.get("code", fields["status"])), checks)
 
 
 def info(fields: Json) -> Info:
@@ -175,6 +176,7 @@ def info(fields: Json) -> Info:
         dims=fields["dims"],
         input=fields["input"],
         training=fields["training"],
+        parity=fields["parity"],
         execution_provider=str(fields["execution_provider"]),
         search=fields["search"],
         gallery=fields["gallery"],

@@ -19,7 +19,8 @@
         ├── ImageRejected         image_rejected          errors: which pictures, and why
         ├── QueueFull             queue_full              at capacity: retry_after_s
         ├── InternalError         internal_error          a defect of the service: request_id
-        ├── Loading               loading                 starting or stopping
+        ├── Loading               loading                 starting
+        ├── NotReady              not_ready               a check of /readyz failed
         ├── StorageFailed         storage_failed          a change could not be stored
         ├── DecoderUnavailable    decoder_unavailable     no picture can be decoded just now
         ├── DeadlineExceeded      deadline_exceeded       the service gave up in time
@@ -196,6 +197,10 @@ class InternalError(ServiceError):
 
 class Loading(ServiceError):
     known_code = "loading"
+
+
+class NotReady(ServiceError):
+    known_code = "not_ready"
 
 
 class StorageFailed(ServiceError):

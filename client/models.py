@@ -140,6 +140,7 @@ class Info:
     dims: Mapping[str, int]  # of the outputs: "embedding" and "features"
     input: Json  # the input contract: how a picture is prepared
     training: Json | None  # what the bundle tells of its training
+    parity: Json | None  # how far its graph is from the network that was trained
     execution_provider: str  # where the encoder runs
     search: Json  # how the gallery is searched
     gallery: Json  # its size

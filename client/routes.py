@@ -45,8 +45,8 @@ INFO = Route("GET", "/info")
 EMBED = Route("POST", "/embed")
 ADD = Route("POST", "/items", repeatable=False)
 LIST = Route("GET", "/items")
-GET = Route("GET", "/items/{id}")
-DELETE = Route("DELETE", "/items/{id}")
+GET = Route("GET", "/items/{item_id}")
+DELETE = Route("DELETE", "/items/{item_id}")
 DELETE_MANY = Route("POST", "/items/delete")
 NEIGHBOURS = Route("POST", "/neighbours")
 GROUPS = Route("POST", "/groups")
@@ -340,7 +340,7 @@ def _item_path(item_id: str) -> str:
         raise ValueError("an id has at least one character")
     # "." and ".." would be taken out of the URL on its way.
     name = item_id.replace(".", "%2E") if item_id in (".", "..") else quote(item_id, safe="")
-    return GET.path.replace("{id}", name)
+    return GET.path.replace("{item_id}", name)
 
 
 def _walk_length(k: int, steps: int) -> int:

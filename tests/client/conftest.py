@@ -86,6 +86,7 @@ class FakeService:
                 "dims": {"embedding": 2, "features": 3},
                 "input": {"size_px": 8},
                 "training": None,
+                "parity": None,
                 "execution_provider": "CPUExecutionProvider",
                 "search": {"index": "flat"},
                 "gallery": {"items": 5},

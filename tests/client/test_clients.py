@@ -475,10 +475,11 @@ def test_live__asks_once_and_no_answer_is_no(fake: Any, service: Any) -> None:
 
 def test_ready__names_what_is_missing(fake: Any, service: Any) -> None:
     checks = {"model": "ok", "gallery": "loading"}
-    fake.on("GET", "/readyz", httpx2.Response(503, json={"status": "loading", "checks": checks}))
+    document = {"code": "not_ready", "status": 503, "detail": "gallery: loading"}
+    fake.on("GET", "/readyz", httpx2.Response(503, json=document | {"checks": checks}))
     readiness = service.ready()
     assert not readiness
-    assert readiness == Readiness("loading", checks)
+    assert readiness == Readiness("not_ready", checks)
     checks["gallery"] = "ok"
     fake.on("GET", "/readyz", httpx2.Response(200, json={"status": "ready", "checks": checks}))
     assert service.ready()
@@ -513,7 +514,7 @@ def test_ready__a_wrong_url_is_an_error(fake: Any, service: Any) -> None:
 )
 def test_answers__that_are_not_this_api(fake: Any, service: Any, answer: httpx2.Response) -> None:
     fake.on("GET", "/items/a", answer)
-    with pytest.raises(UnexpectedAnswer, match=r"GET /items/\{id\} is not what"):
+    with pytest.raises(UnexpectedAnswer, match=r"GET /items/\{item_id\} is not what"):
         service.item("a")
 
 

@@ -1,0 +1,111 @@
+"""The client shares no code with the service: here its routes, fields and codes are compared with
+the service's checked-in OpenAPI file."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import client
+from client import errors, routes
+
+ROOT = Path(__file__).parents[2]
+OPENAPI = json.loads((ROOT / "service" / "openapi.json").read_bytes())
+
+# Dataclass -> the schema that it reads, and what it leaves out with a reason.
+MODELS: dict[type, tuple[str, set[str]]] = {
+    client.Embeddings: ("EmbedAnswer", set()),
+    client.Added: ("ItemsAnswer", set()),
+    client.Deleted: ("DeleteAnswer", set()),
+    client.Item: ("ItemAnswer", {"model", "gallery_version"}),  # one dataclass for lists too
+    client.Neighbour: ("Neighbour", set()),
+    client.Neighbours: ("NeighboursAnswer", set()),
+    client.Member: ("GroupMember", set()),
+    client.Group: ("GroupAnswer", set()),
+    client.Groups: ("GroupsAnswer", set()),
+    client.Readiness: ("Readiness", set()),
+    client.Limit: ("LimitInfo", set()),
+    client.Info: ("InfoAnswer", set()),
+    client.Rejected: ("RejectedImage", set()),
+    client.RejectedItem: ("RejectedItem", set()),
+}
+# Routes for others than the client: an alias of /readyz, and what Prometheus reads.
+NOT_FOR_THE_CLIENT = {("GET", "/health"), ("GET", "/metrics")}
+
+
+def schema(name: str) -> Any:
+    return OPENAPI["components"]["schemas"][name]
+
+
+def test_routes__are_those_of_the_service() -> None:
+    served = {(m.upper(), path) for path, methods in OPENAPI["paths"].items() for m in methods}
+    called = {(route.method, route.path) for route in routes.ROUTES}
+    assert called == served - NOT_FOR_THE_CLIENT
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_models__have_the_fields_of_their_schema(model: type) -> None:
+    name, left_out = MODELS[model]
+    fields = {field.name for field in dataclasses.fields(model)}
+    assert fields == set(schema(name)["properties"]) - left_out
+
+
+def test_models__every_dataclass_is_compared() -> None:
+    public = {getattr(client, name) for name in client.__all__}
+    # A field of a problem's `errors`, which the document leaves open.
+    assert {kind for kind in public if dataclasses.is_dataclass(kind)} == {
+        *MODELS,
+        client.InvalidField,
+    }
+
+
+def test_listed_items__have_what_an_item_reads() -> None:
+    assert {"id", "metadata"} == set(schema("ListedItem")["properties"])
+    assert {"items", "next"} <= set(schema("ItemPage")["properties"])
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "parameters"),
+    [
+        ("/embed", "post", {"output", "on_error"}),
+        ("/items", "get", {"limit", "cursor", "filter"}),
+        ("/items", "post", {"idempotency-key"}),
+        ("/items/{item_id}", "get", {"item_id", "include"}),
+    ],
+)
+def test_parameters__that_the_client_sends_exist(
+    path: str, method: str, parameters: set[str]
+) -> None:
+    named = {p["name"].lower() for p in OPENAPI["paths"][path][method]["parameters"]}
+    assert parameters <= named
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/neighbours", {"images", "vectors", "ids", "k", "filter", "exact", "include"}),
+        ("/groups", {"images", "vectors", "ids", "k", "steps", "order", "limit"}),
+        ("/items/delete", {"ids"}),
+    ],
+)
+def test_bodies__have_the_fields_that_the_client_sends(path: str, fields: set[str]) -> None:
+    content = OPENAPI["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    body = content["schema"]
+    if "$ref" in body:
+        body = schema(body["$ref"].rpartition("/")[2])
+    assert fields == set(body["properties"])
+
+
+def test_codes__are_those_of_the_service() -> None:
+    from service.errors import PROBLEMS
+
+    assert set(errors.BY_CODE) == set(PROBLEMS)
+
+
+def test_limits__that_the_client_obeys_are_told_by_info() -> None:
+    from service.settings import CLIENT_LIMITS
+
+    obeyed = {"max_images", "max_rows", "max_body_bytes", "max_results", "max_group_walk"}
+    assert obeyed <= set(CLIENT_LIMITS)
