@@ -8,7 +8,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from trainer.progress import say
+STANDARD_ERROR = 2
+STOPPING = b"\nstopping: the state is saved after this step; a second Ctrl-C kills at once\n"
 
 
 class Interrupted(Exception):
@@ -45,4 +46,5 @@ class StopRequest:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
-        say("stopping: the state will be saved after this step; a second Ctrl-C kills at once")
+        # Straight to the descriptor: a handler may come in the middle of another write.
+        os.write(STANDARD_ERROR, STOPPING)

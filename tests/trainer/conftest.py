@@ -24,6 +24,7 @@ TINY = (
     "loss.num_positives=4",
     "loss.warmup_epochs=1",
     "monitor.every_epochs=1",
+    "checkpoint.every_epochs=1",
 )
 
 

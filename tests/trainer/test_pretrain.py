@@ -1,0 +1,255 @@
+"""The loop: what it does in which order, when it stops, and that a resumed run is the same run.
+
+Run: pytest tests/trainer/test_pretrain.py
+"""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer import pretrain as module
+from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
+from trainer.config import Recipe
+from trainer.datasets import open_source
+from trainer.decoding import CropStock, DecodePool, survey
+from trainer.interruption import Interrupted
+from trainer.monitor import KnnMonitor
+from trainer.objective import LossConfig, Objective, objective
+from trainer.pretrain import Pretraining, TrainingFailed, pretrain
+from trainer.run_folder import Journal, RunFolder
+from trainer.session import build
+
+TIMINGS = ("images_per_s",)
+Run = Callable[..., Pretraining]
+
+
+@pytest.fixture
+def run(tmp_path: Path, packed: Callable[..., Path], tiny_recipe: Callable[..., Recipe]) -> Any:
+    """Build everything for a run of 40 images, 8 in a batch: 5 steps an epoch."""
+    source = open_source(str(packed(40)))
+    journals = []
+
+    def make(folder: str, *overrides: str, before: Progress | None = None) -> Pretraining:
+        recipe = tiny_recipe("data.holdout=0", *overrides)
+        pool = DecodePool(0)
+        stored = survey(source, pool, recipe.data, size_px=8).stored
+        (tmp_path / folder).mkdir(exist_ok=True)
+        journals.append(
+            Journal(RunFolder(tmp_path / folder), before.metrics if before else ()),
+        )
+        assert source.labels is not None
+        images = np.stack([stored[i][:8, :8] for i in range(40)]) if stored else None
+        assert images is not None
+        return Pretraining(
+            recipe=recipe,
+            device=torch.device("cpu"),
+            stock=CropStock(source, stored, pool, size_px=8),
+            state=build(recipe, 40, torch.device("cpu")),
+            monitor=KnnMonitor(images, source.labels, None, source.labels, k=3),
+            journal=journals[-1],
+            checkpoints=tmp_path / folder / "checkpoints",
+            data_fingerprint="f00d",
+        )
+
+    yield make
+    for journal in journals:
+        journal.__exit__(None, None, None)
+
+
+def _tensors(run: Pretraining) -> list[torch.Tensor]:
+    momenta = [values["momentum_buffer"] for values in run.state.optimiser.state.values()]
+    return [
+        *run.state.encoder.state_dict().values(),
+        *run.state.bank.state_dict().values(),
+        *momenta,
+    ]
+
+
+def _figures(run: Pretraining) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if name not in TIMINGS}
+        for line in run.journal.lines
+    ]
+
+
+def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGINT while the `step`-th step of the run is computed."""
+    real, calls = module.objective, []
+
+    def counting(*arguments: Any) -> Objective:
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "objective", counting)
+
+
+def test_same_seed_same_run(run: Run) -> None:
+    one, other = run("one"), run("other")
+    pretrain(one)
+    torch.manual_seed(99)  # nothing is drawn from the global generator once all is built
+    pretrain(other)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(one), _tensors(other), strict=True))
+    assert _figures(one) == _figures(other)
+    different = run("different", "seed=1")
+    pretrain(different)
+    assert _figures(different) != _figures(one)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 7, 10])  # 5 and 10 are ends of an epoch
+def test_resume__after_an_interruption_is_the_same_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = run("whole")
+    pretrain(whole)
+
+    first = run("cut")
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, step)
+        with pytest.raises(Interrupted, match="--resume") as stopped:
+            pretrain(first)
+    assert stopped.value.signum == signal.SIGINT
+    found = newest_checkpoint(first.checkpoints, warn=pytest.fail)
+    assert found is not None
+    assert found.progress.position == ((step - 1) // 5 + 1, (step - 1) % 5 + 1)
+
+    second = run("cut", before=found.progress)
+    torch.manual_seed(99)
+    found.restore(second.state)
+    pretrain(second, found.progress)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(whole), _tensors(second), strict=True))
+    assert _figures(whole) == _figures(second)
+    # What a file says afterwards is what the whole run says.
+    lines = [
+        path / "metrics.jsonl" for path in (whole.checkpoints.parent, second.checkpoints.parent)
+    ]
+    assert len({len(path.read_text().splitlines()) for path in lines}) == 1
+
+
+def test_bf16__trains_with_finite_figures(run: Run) -> None:
+    made = run("bf16", "precision=bf16")
+    pretrain(made)
+    assert all(math.isfinite(line["loss"]) for line in made.journal.lines[1:])
+
+
+def test_bank__is_updated_after_the_step_with_what_came_before_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run("order", "epochs=1")
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def spying(bank: Any, indices: Any, embeddings: Any, config: LossConfig) -> Objective:
+        found = objective(bank, indices, embeddings, config)
+        seen.append((indices, embeddings.detach().clone(), bank.embeddings.clone()))
+        return found
+
+    monkeypatch.setattr(module, "objective", spying)
+    pretrain(made)
+    (indices, embeddings, before), (_, _, after) = seen[:2]
+    wanted = before.clone()
+    wanted[indices] = torch.nn.functional.normalize(0.5 * before[indices] + 0.5 * embeddings)
+    assert torch.allclose(after, wanted, atol=1e-6)
+    untouched = torch.ones(40, dtype=torch.bool)
+    untouched[indices] = False
+    assert torch.equal(after[untouched], before[untouched])
+    assert (made.state.bank.neighbours >= 0).all()  # one epoch visits every image
+
+
+def test_invariance_loss__is_left_out_during_the_warm_up(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infinite(*arguments: Any) -> Objective:
+        found = objective(*arguments)
+        return found._replace(invariance=found.invariance * torch.inf)
+
+    monkeypatch.setattr(module, "objective", infinite)
+    made = run("warm", "loss.warmup_epochs=1")
+    with pytest.raises(TrainingFailed, match=r"the loss is inf .* in epoch 2, step 1"):
+        pretrain(made)
+    assert math.isfinite(made.journal.lines[-1]["loss"])
+
+
+def test_loss__is_instance_plus_weighted_invariance(run: Run) -> None:
+    made = run("sum", "loss.invariance_weight=0.25")
+    pretrain(made)
+    warm, joined = made.journal.lines[1:]
+    assert warm["loss"] == warm["instance"]
+    assert joined["invariance"] > 0.1
+    assert joined["loss"] == pytest.approx(joined["instance"] + 0.25 * joined["invariance"])
+
+
+def test_loss__that_is_no_number_stops_and_leaves_the_last_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def poisoned(*arguments: Any) -> Objective:
+        calls.append(1)
+        found = objective(*arguments)
+        return found._replace(instance=found.instance * torch.nan) if len(calls) == 8 else found
+
+    monkeypatch.setattr(module, "objective", poisoned)
+    made = run("nan")
+    with pytest.raises(TrainingFailed, match=r"the loss is nan .* in epoch 2, step 3"):
+        pretrain(made)
+    assert [path.name for path in checkpoints(made.checkpoints)] == ["epoch-0001-step-000005"]
+    assert all(tensor.isfinite().all() for tensor in _tensors(made))
+
+
+def test_metrics__of_every_epoch(run: Run) -> None:
+    made = run("metrics", "optim.schedule=step", "optim.milestones=[1]")
+    pretrain(made)
+    untrained, first, second = made.journal.lines
+    assert set(untrained) == {"epoch", "knn"}
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    assert (first["lr"], second["lr"]) == pytest.approx((0.03, 0.003))
+    assert made.state.optimiser.param_groups[0]["lr"] == second["lr"]
+    assert 0 < second["reached"] <= 6  # 2 neighbours, then 4 of theirs
+    assert 0 < second["hard_share"] <= 1
+    assert second["images_per_s"] > 0
+    assert {"knn", "instance", "invariance", "spread", "collapsed"} <= set(second)
+
+
+def test_collapse__is_said_each_epoch_and_stops_after_the_patience(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run("collapse", "epochs=9", "monitor.collapse_patience=3", "encoder.normalise=false")
+    head = made.state.encoder.head[-1]  # type: ignore[index]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(1.0)
+    for parameter in made.state.encoder.parameters():
+        parameter.requires_grad_(parameter is head.bias)
+    # All embeddings are equal: the bank's rows follow, and every similarity becomes equal.
+    made.state.bank.embeddings.copy_(torch.full((40, 8), 1 / math.sqrt(8)))
+    with pytest.raises(TrainingFailed, match=r"COLLAPSE, epoch 3.*normalise=true.*after 3 such"):
+        pretrain(made)
+    assert [line["collapsed"] for line in made.journal.lines[1:]] == [True] * 3
+    said = capsys.readouterr().out
+    assert "COLLAPSE, epoch 1" in said
+    assert "stops after 1 more" in said
+
+
+def test_checkpoint__that_cannot_be_written_names_the_last_good_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run("full")
+    real, calls = module.save_checkpoint, []
+
+    def full(*arguments: Any, **named: Any) -> Path:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    told = r"epoch 2, step 5 cannot be written \(No space left.*last good.*epoch-0001-step-000005"
+    with pytest.raises(TrainingFailed, match=told):
+        pretrain(made)

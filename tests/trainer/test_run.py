@@ -1,0 +1,368 @@
+"""The command itself: a whole run, its folder, resuming, signals, a full disk, and wrong requests.
+
+Run: pytest tests/trainer/test_run.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.representation.bundle import open_bundle
+from trainer.run import main
+
+Pictures = Callable[..., Path]
+
+
+def _tiny(overrides: Sequence[str], data: Path | str, output: Path, *more: str) -> list[str]:
+    return ["digits", "--data", str(data), "--output", str(output), *overrides, *more]
+
+
+def _metrics(output: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run on the built-in sample."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    small = ["epochs=2", "batch_size=256", "device=cpu", "encoder.image_size_px=8"]
+    assert main(["--data", "digits", "--output", str(output), *small]) == 0
+    return output
+
+
+def test_run__fills_its_folder(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "report.json",
+        "bundle",
+    }
+    report = json.loads((finished / "report.json").read_text())
+    assert report["status"] == "finished"
+    assert report["device"] == "cpu"
+    data = report["data"]
+    assert (data["images_found"], data["images_skipped"], data["skipped"]) == (1797, 0, [])
+    assert data["images_trained_on"] + data["images_held_out"] == 1797
+    assert abs(data["images_held_out"] - 1797 / 4) < 5
+    assert set(report["seconds"]) == {"survey", "training", "export"}
+    bundle = open_bundle(finished / "bundle")
+    assert bundle.model_id == report["model_id"]
+    assert bundle.manifest["recipe"]["epochs"] == 2
+    assert bundle.manifest["training"]["knn_trained"] == report["training"]["knn_trained"]
+    assert len(bundle.gallery().ids) == data["images_trained_on"]
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_run__measures_before_and_after(finished: Path) -> None:
+    lines = _metrics(finished)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    report = json.loads((finished / "report.json").read_text())
+    assert report["training"]["knn_untrained"] == lines[0]["knn"]
+    assert report["training"]["knn_trained"] == lines[2]["knn"]
+
+
+def test_run__that_is_finished_is_not_begun_again(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "report.json").stat().st_mtime_ns
+    assert main(["--resume", "--data", "digits", "--output", str(finished)]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "report.json").stat().st_mtime_ns == before
+    assert main(["--data", "digits", "--output", str(finished)]) == 2
+    assert "already holds a run: give --resume" in capsys.readouterr().err
+
+
+def test_run__whose_bundle_was_damaged_exports_it_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    model_id = open_bundle(output / "bundle").model_id
+    (output / "bundle" / "encoder.onnx").write_bytes(b"damaged")
+    assert main(["--resume", "--data", "digits", "--output", str(output)]) == 0
+    assert "exported again" in capsys.readouterr().out
+    assert open_bundle(output / "bundle").model_id == model_id
+    assert _metrics(output) == _metrics(finished)
+
+
+def test_resume__with_another_recipe_names_the_keys(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--resume", "--data", "digits", "--output", str(finished)]
+    assert main([*line, "epochs=3", "loss.temperature=0.3"]) == 2
+    assert "these keys differ: epochs, loss.temperature" in capsys.readouterr().err
+
+
+def test_resume__with_other_data(
+    packed: Callable[..., Path],
+    tmp_path: Path,
+    tiny_overrides: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    line = _tiny(tiny_overrides, packed(40), output)
+    assert main(line) == 0
+    (output / "report.json").unlink()  # as if it had been killed before the end
+    packed(41)
+    assert main([*line, "--resume"]) == 2
+    assert "was begun with other images" in capsys.readouterr().err
+
+
+def test_resume__goes_back_to_the_older_checkpoint_loudly(
+    packed: Callable[..., Path],
+    tmp_path: Path,
+    tiny_overrides: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    line = _tiny(tiny_overrides, packed(40), output)
+    assert main(line) == 0
+    whole = open_bundle(output / "bundle").model_id
+    metrics = _metrics(output)
+    (output / "report.json").unlink()
+    newest = max((output / "checkpoints").iterdir())
+    (newest / "bank.safetensors").write_bytes(b"damaged")
+    assert main([*line, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert f"{newest / 'bank.safetensors'} has 7 bytes" in said
+    assert "going on from epoch-0001" in said
+    assert _metrics(output) == metrics
+    assert open_bundle(output / "bundle").model_id == whole
+    (output / "report.json").unlink()
+    for checkpoint in (output / "checkpoints").iterdir():
+        (checkpoint / "bank.safetensors").write_bytes(b"damaged")
+    assert main([*line, "--resume"]) == 2
+    assert "none of the checkpoints" in capsys.readouterr().err
+
+
+def test_run__on_a_folder_lists_what_it_skipped(
+    pictures: Pictures, tmp_path: Path, tiny_overrides: Sequence[str]
+) -> None:
+    root = pictures(30)
+    (root / "dark" / "zero.jpg").write_bytes(b"")
+    output = tmp_path / "run"
+    assert main(_tiny(tiny_overrides, root, output, "data.workers=1", "data.holdout=0")) == 0
+    data = json.loads((output / "report.json").read_text())["data"]
+    assert data["skipped"] == [{"id": "dark/zero.jpg", "reason": "the file is empty (0 bytes)"}]
+    assert data["labels"] is True
+    bundle = open_bundle(output / "bundle")
+    assert bundle.gallery().ids[0] == "dark/000.png"
+    assert bundle.manifest["training"]["data"]["images_skipped"] == 1
+    assert "skipped" not in bundle.manifest["training"]["data"]  # file names stay at home
+
+
+def test_run__past_the_memory_limit_is_the_same_run(
+    pictures: Pictures, tmp_path: Path, tiny_overrides: Sequence[str]
+) -> None:
+    root = pictures(30)
+    for name, more in (("held", ()), ("streamed", ("data.resident_limit_bytes=1000",))):
+        assert main(_tiny(tiny_overrides, root, tmp_path / name, *more)) == 0
+    assert _metrics(tmp_path / "held") == _metrics(tmp_path / "streamed")
+    report = json.loads((tmp_path / "streamed" / "report.json").read_text())
+    assert report["data"]["held_in_memory"] is False
+
+
+def test_run__without_labels_says_so_once(
+    pictures: Pictures,
+    tmp_path: Path,
+    tiny_overrides: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    assert main(_tiny(tiny_overrides, pictures(20, nested=False), output)) == 0
+    assert capsys.readouterr().out.count("no labels") == 1
+    assert not any("knn" in line for line in _metrics(output))
+    training = open_bundle(output / "bundle").manifest["training"]
+    assert training["knn_trained"] is None
+    assert training["data"]["images_held_out"] == 0
+
+
+def test_data__that_is_too_little(
+    pictures: Pictures,
+    tmp_path: Path,
+    tiny_overrides: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    one = shutil.copytree(pictures(1, nested=False), tmp_path / "one")
+    few = shutil.copytree(pictures(5, nested=False), tmp_path / "few")
+    for data, told in (
+        (tmp_path / "empty", "holds no image"),
+        (tmp_path / "missing", "does not exist: give a folder of images"),
+        (one, "1 images to train on, but each needs bank.num_neighbours=2 others"),
+        (few, "5 images to train on, but a batch takes batch_size=8: give more images, or batch"),
+    ):
+        output = tmp_path / "run"
+        assert main(_tiny(tiny_overrides, data, output)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert told in error
+        assert not (output / "recipe.yaml").exists()
+        assert list(output.iterdir()) == []
+
+
+def test_request__that_cannot_be_carried_out(
+    tmp_path: Path,
+    tiny_overrides: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    output = str(tmp_path / "run")
+    requests = [
+        (["imagnet", "--data", "digits", "--output", output], "there is no recipe 'imagnet'"),
+        (["--data", "digits", "--output", output, "epoch=1"], "did you mean 'epochs'"),
+        (["--data", "digits", "--output", output, "epochs=0"], "at least 1 and at most 100000"),
+        (["--data", "digits", "--output", output, "--resume"], "holds no run to resume"),
+        (["--data", "digits", "--output", str(tmp_path / "file" / "run")], "cannot be written"),
+        (["--data", "digits", "--output", str(tmp_path / "full")], "is not empty"),
+    ]
+    if not torch.cuda.is_available():
+        asked = ["--data", "digits", "--output", output, "device=cuda"]
+        requests.append((asked, "device=cuda was asked for"))
+    for line, told in requests:
+        assert main(line) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert told in error
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--data", "digits", "--output", output]) == 2
+    assert "more than one is not there yet" in capsys.readouterr().err
+
+
+def test_resume__before_the_first_checkpoint_begins_anew(
+    packed: Callable[..., Path],
+    tmp_path: Path,
+    tiny_overrides: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    line = _tiny(tiny_overrides, packed(40), output)
+    assert main(line) == 0
+    whole = _metrics(output)
+    (output / "report.json").unlink()
+    shutil.rmtree(output / "checkpoints")
+    assert main([*line, "--resume"]) == 0
+    assert "no checkpoint yet: beginning anew" in capsys.readouterr().out
+    assert _metrics(output) == whole
+
+
+def _start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer.run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def _wait_for(process: "subprocess.Popen[str]", words: str) -> None:
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if words in line:
+            return
+    pytest.fail(f"{words!r} was never said: {''.join(said)}")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal__saves_the_state_and_leaves(
+    packed: Callable[..., Path], tmp_path: Path, tiny_overrides: Sequence[str], signum: int
+) -> None:
+    data = packed(40)
+    overrides = [*tiny_overrides, "epochs=300", "monitor.every_epochs=300"]
+    overrides.append("checkpoint.every_epochs=300")
+    output = tmp_path / "run"
+    process = _start(_tiny(overrides, data, output))
+    _wait_for(process, "epoch 2/300")
+    process.send_signal(signum)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "Go on with --resume" in said
+    assert "Traceback" not in said
+    (stopped,) = (output / "checkpoints").iterdir()
+    assert not (output / "bundle").exists()
+    # 30 of the 40 images train, 8 in a batch: 3 steps make an epoch.
+    state = json.loads((stopped / "state.json").read_text())
+    epoch, step = state["position"]
+    assert epoch < 300
+    assert state["running"]["steps"] == step
+    assert len(state["metrics"]) == (epoch if step < 3 else epoch + 1)
+
+
+def test_signal__the_second_kills_at_once(
+    packed: Callable[..., Path], tmp_path: Path, tiny_overrides: Sequence[str]
+) -> None:
+    # One step that is long enough to be interrupted twice: all of 4,000 images in a batch.
+    overrides = [*tiny_overrides, "batch_size=3000", "encoder.image_size_px=64", "epochs=300"]
+    process = _start(_tiny(overrides, packed(4000), tmp_path / "run"))
+    _wait_for(process, "untrained encoder")
+    process.send_signal(signal.SIGINT)
+    _wait_for(process, "a second Ctrl-C kills at once")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_disk__full_while_saving_keeps_the_last_good_checkpoint(
+    packed: Callable[..., Path], tmp_path: Path, tiny_overrides: Sequence[str]
+) -> None:
+    output = tmp_path / "run"
+    arguments = _tiny(tiny_overrides, packed(40), output)
+    assert main(arguments) == 0
+    whole = open_bundle(output / "bundle").model_id
+    metrics = _metrics(output)
+    (output / "report.json").unlink()
+    good, newest = sorted((output / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    # No file may grow past 200 kB: the weights have 1.6 MB.
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "from trainer.run import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments, "--resume"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "epoch 2, step 3 cannot be written (File too large)" in done.stderr
+    assert f"the last good checkpoint is {good}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((output / "checkpoints").iterdir()) == [good]
+    # With room again it goes on to the very same end.
+    assert main([*arguments, "--resume"]) == 0
+    assert _metrics(output) == metrics
+    assert open_bundle(output / "bundle").model_id == whole
+
+
+def test_decoding_processes__do_not_import_torch(pictures: Pictures, tmp_path: Path) -> None:
+    lines = (
+        "import sys, trainer.run, trainer.decoding; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'sklearn', 'onnx')))"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", lines], cwd=root, check=False).returncode == 0
