@@ -16,7 +16,7 @@ from service.embedder import Embedder
 from service.errors import install_handlers
 from service.gallery.protocol import Gallery
 from service.observability import ObserveRequests
-from service.routes import embed, groups, health, info, items, neighbours
+from service.routes import docs, embed, groups, health, info, items, neighbours
 from service.runtime import Runtime
 from service.schemas import ProblemDocument
 from service.settings import Settings
@@ -71,12 +71,13 @@ def create_app(
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,  # ids may end in a slash
+        docs_url=None,  # FastAPI's page loads its script from elsewhere; ours loads nothing
         redoc_url=None,
     )
     app.state.runtime = runtime
     app.add_middleware(LimitBodies, max_body_bytes=runtime.settings.max_body_bytes)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)
     install_handlers(app)
-    for module in (embed, items, neighbours, groups, info, health):
+    for module in (embed, items, neighbours, groups, info, health, docs):
         app.include_router(module.router)
     return app

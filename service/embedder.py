@@ -122,7 +122,7 @@ class OnnxEmbedder:
         """Run two fixed pictures together and alone before the service calls itself ready."""
         side = self.contract.size_px
         ramp = np.arange(side * side * 3, dtype=np.uint32).reshape(side, side, 3)
-        images = [(ramp % 256).astype(np.uint8), np.full((side, side, 3), 127, np.uint8)]
+        images = [(ramp % 256).astype(np.uint8), (ramp * 7 % 251).astype(np.uint8)]
         try:
             both = self.finish(self.run(self.prepare(images)))
             alone = self.finish(self.run(self.prepare(images[:1])))

@@ -54,6 +54,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """
     parser = argparse.ArgumentParser(
         prog="python -m service.run",
+        allow_abbrev=False,
         description=f"Serve a bundle. Every flag has an environment variable {ENV_PREFIX}...",
     )
     for name, field in Settings.model_fields.items():
@@ -111,13 +112,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _stop(self, number: int) -> None:
-        if self.runtime.draining:  # a second signal: at once
+        now = time.monotonic()
+        if self._stop_at is not None and now >= self._stop_at:  # already draining: end at once
             self.force_exit = True
+        # A second signal, or a person at the keyboard, does not wait for a load balancer.
+        waits = number == signal.SIGTERM and self._stop_at is None
+        self._stop_at = now + (self._settings.drain_delay_s if waits else 0)
         self.runtime.draining = True
-        # A person at the keyboard does not wait for a load balancer to notice.
-        delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0
-        if self._stop_at is None:
-            self._stop_at = time.monotonic() + delay_s
 
     def _announcement(self) -> str:
         host, port = self._listener.getsockname()[:2]

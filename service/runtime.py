@@ -7,6 +7,7 @@ routes, and the state of every check for /readyz. Parts are loaded in the backgr
 
 import asyncio
 import contextlib
+import importlib.metadata
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -296,6 +297,9 @@ class Runtime:
                 self.bundle,
             )
         self._report_gallery()
+        self.metrics.build_info.labels(
+            importlib.metadata.version("invprop"), embedder.model_id, embedder.execution_provider
+        ).set(1)
 
     def _report_gallery(self) -> None:
         assert self._gallery is not None

@@ -147,7 +147,7 @@ async def get_item(
 @router.delete(
     "/items/{item_id:path}",
     response_model=DeleteAnswer,
-    responses=problems(404, 429, 503, 507),
+    responses=problems(404, 422, 429, 503, 507),
     summary="Delete one item",
 )
 async def delete_item(request: Request, item_id: str) -> Response:

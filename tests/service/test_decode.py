@@ -1,4 +1,4 @@
-"""service.decode: the pool gives the very pixels of `prepare`, and outlives what kills its children."""
+"""service.decode: the pool gives the pixels of `prepare` and outlives what kills its children."""
 
 import io
 import os
@@ -56,9 +56,20 @@ def pool_with_its_child(**options: object) -> tuple[DecoderPool, psutil.Process]
 
 @pytest.mark.parametrize(
     ("mode", "format"),
-    [("RGB", "JPEG"), ("RGB", "PNG"), ("RGB", "WEBP"), ("L", "JPEG"), ("L", "PNG"), ("1", "PNG")]
-    + [("RGBA", "PNG"), ("RGBA", "WEBP"), ("LA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")]
-    + [("I;16", "PNG")],
+    [
+        ("RGB", "JPEG"),
+        ("RGB", "PNG"),
+        ("RGB", "WEBP"),
+        ("L", "JPEG"),
+        ("L", "PNG"),
+        ("1", "PNG"),
+        ("RGBA", "PNG"),
+        ("RGBA", "WEBP"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("CMYK", "JPEG"),
+        ("I;16", "PNG"),
+    ],
 )
 def test_pool__gives_the_pixels_of_prepare(
     pool: DecoderPool, picture: Callable[..., bytes], mode: str, format: str

@@ -1,4 +1,4 @@
-"""service.gallery.logged: what was answered is there, after restarts too, and searches are exact."""
+"""service.gallery.logged: what was answered is there, after restarts too; searches are exact."""
 
 import queue
 import tempfile
@@ -216,7 +216,9 @@ class AgainstAModel(RuleBasedStateMachine):
     def _nearest(self, query: NDArray[np.float32], k: int, among: list[str]) -> list[str]:
         order = list(self.model)
         cosines = {
-            i: np.float32(min(1, max(-1, sum(float(a) * float(b) for a, b in zip(query, v[0])))))
+            i: np.float32(
+                min(1, max(-1, sum(float(a) * float(b) for a, b in zip(query, v[0], strict=True))))
+            )
             for i, v in self.model.items()
         }
         return sorted(among, key=lambda i: (-cosines[i], order.index(i)))[:k]

@@ -1,0 +1,148 @@
+"""python -m service.run as its operator sees it: real processes, signals, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 60
+
+
+class Process:
+    """A running service."""
+
+    def __init__(self, *arguments: object, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as stderr:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "service.run", *map(str, arguments)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def ready(self) -> str:
+        """Wait for the line that says it is ready; return the URL."""
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        assert line.startswith("ready: http://127.0.0.1:"), self.log.read_text()
+        return line.split()[1]
+
+    def failed(self) -> str:
+        """Wait for its end and return its last words."""
+        assert self.popen.wait(WAIT_S) == 1
+        lines = self.log.read_text().strip().splitlines()
+        assert "Traceback" not in self.log.read_text()
+        assert lines[-1].startswith("error: ")
+        return lines[-1]
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        if self.popen.stdout is not None:
+            self.popen.stdout.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """run(flag, value, ...) -> a process that is ended with the test."""
+    started: list[Process] = []
+
+    def _run(*arguments: object) -> Process:
+        log = tmp_path / f"log-{len(started)}"
+        started.append(Process("--port", 0, "--decoder-processes", 1, *arguments, log=log))
+        return started[-1]
+
+    yield _run
+    for process in started:
+        process.end()
+
+
+def test_service__keeps_what_it_answered_when_killed_and_ends_cleanly(
+    run: Callable[..., Process],
+    bundle_directory: Path,
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+) -> None:
+    state = ("--bundle", bundle_directory, "--state", tmp_path / "state")
+    first = run(*state)
+    url = first.ready()
+    parts = [("images", (name, picture(n))) for n, name in enumerate(("a.png", "%2F/b?.png"))]
+    answer = httpx2.post(f"{url}/items", files=parts, timeout=WAIT_S).json()
+    assert (answer["added"], answer["gallery_version"]) == (2, 42)
+    deleted = httpx2.delete(f"{url}/items/train/0000.png", timeout=WAIT_S).json()
+    assert deleted["gallery_version"] == 43
+    vector = httpx2.get(f"{url}/items/a.png?include=vector", timeout=WAIT_S).json()["vector"]
+
+    second = run(*state)  # while the first one lives
+    assert f"in use by process {first.popen.pid}" in second.failed()
+
+    first.popen.send_signal(signal.SIGKILL)
+    assert first.popen.wait(WAIT_S) == -signal.SIGKILL
+
+    third = run(*state)
+    url = third.ready()
+    assert httpx2.get(f"{url}/info", timeout=WAIT_S).json()["gallery"] == {
+        "items": 41,
+        "version": 43,
+    }
+    item = httpx2.get(f"{url}/items/a.png?include=vector", timeout=WAIT_S).json()
+    assert item["vector"] == vector
+    odd = httpx2.get(f"{url}/items/%252F/b%3F.png", timeout=WAIT_S)
+    assert odd.json()["id"] == "%2F/b?.png"
+    assert httpx2.get(f"{url}/items/train/0000.png", timeout=WAIT_S).status_code == 404
+    query = {"images": ("q.png", picture(0))}
+    found = httpx2.post(f"{url}/neighbours?k=1", files=query, timeout=WAIT_S).json()
+    assert found["results"][0][0]["id"] == "a.png"
+
+    third.popen.terminate()
+    assert third.popen.wait(WAIT_S) == 0
+    entries = [json.loads(line) for line in third.log.read_text().splitlines()]
+    assert {"gallery_loaded", "request"} <= {entry["event"] for entry in entries}
+    assert all("a.png" not in json.dumps(entry) for entry in entries)  # no user data in logs
+
+
+def test_service__says_it_is_not_ready_before_it_stops(
+    run: Callable[..., Process], bundle_directory: Path, tmp_path: Path
+) -> None:
+    process = run("--bundle", bundle_directory, "--state", tmp_path / "s", "--drain-delay-s", 30)
+    url = process.ready()
+    process.popen.terminate()
+    answer: Any = httpx2.get(f"{url}/readyz")
+    while answer.status_code == 200:
+        answer = httpx2.get(f"{url}/readyz")
+    assert answer.json()["checks"]["accepting"] == "the service is stopping"
+    assert httpx2.get(f"{url}/items").status_code == 200  # still serving
+    process.popen.send_signal(signal.SIGINT)  # a second signal does not wait
+    assert process.popen.wait(20) == 0
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "gallery/embeddings.npy", "manifest.json"])
+def test_service__refuses_a_changed_bundle_and_names_the_file(
+    run: Callable[..., Process], make_bundle: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    content = (bundle / name).read_bytes()
+    middle = len(content) // 2
+    changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    if name == "manifest.json":  # a lie that is still JSON
+        changed = content.replace(b'"epochs": 0', b'"epochs": 9')
+        assert changed != content
+    (bundle / name).write_bytes(changed)
+    message = run("--bundle", bundle, "--state", tmp_path / "state").failed()
+    assert name in message
+    assert not (tmp_path / "state").exists()
+
+
+def test_service__says_what_is_wrong_with_its_flags(run: Callable[..., Process]) -> None:
+    assert "--state (INVPROP_STATE) is required" in run("--bundle", "b").failed()

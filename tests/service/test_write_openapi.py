@@ -1,0 +1,36 @@
+"""The checked-in OpenAPI document is the one of the routes."""
+
+import json
+
+from service.write_openapi import CHECKED_IN, document
+
+
+def test_openapi__is_the_checked_in_one() -> None:
+    assert CHECKED_IN.read_bytes() == document(), "run: python -m service.write_openapi"
+
+
+def test_openapi__refers_only_to_shapes_it_has() -> None:
+    text = document().decode()
+    parsed = json.loads(text)
+    named = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert named <= set(parsed["components"]["schemas"])
+
+
+def test_openapi__holds_the_routes_of_the_contract() -> None:
+    paths = json.loads(document())["paths"]
+    routes = {(method, path) for path, operations in paths.items() for method in operations}
+    assert routes == {
+        ("post", "/embed"),
+        ("post", "/items"),
+        ("get", "/items"),
+        ("get", "/items/{item_id}"),
+        ("delete", "/items/{item_id}"),
+        ("post", "/items/delete"),
+        ("post", "/neighbours"),
+        ("post", "/groups"),
+        ("get", "/info"),
+        ("get", "/livez"),
+        ("get", "/readyz"),
+        ("get", "/health"),
+        ("get", "/metrics"),
+    }
