@@ -39,6 +39,8 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "deadline_exceeded": (504, "The answer took too long"),
     "storage_full": (507, "The disk is full"),
 }
+RETRY_AFTER_S = 1  # queues empty within seconds
+
 # The code for what the web framework itself refuses.
 _CODES_BY_STATUS = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 
@@ -92,6 +94,17 @@ def over_limit(code: str, what: str, got: int | float, setting: str, limit: int 
         code,
         f"{what}: got {got:,}, at most {limit:,} are allowed. Send less at a time, or let the "
         f"operator raise `{setting}`.",
+        limit=limit,
+        setting=setting,
+    )
+
+
+def queue_full(what: str, limit: int, setting: str) -> Problem:
+    """The problem of a bounded queue that is full."""
+    return Problem(
+        "queue_full",
+        f"{limit:,} {what} are waiting already, as many as `{setting}` allows; try again shortly",
+        retry_after_s=RETRY_AFTER_S,
         limit=limit,
         setting=setting,
     )

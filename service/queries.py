@@ -120,7 +120,7 @@ def _unit_rows(values: Sequence[Any] | Vectors, dim: int) -> Vectors:
 
 
 async def _embed(runtime: Runtime, images: EncodedImages, deadline: float) -> Vectors:
-    outcomes = await runtime.embed_images(images, deadline)
+    outcomes = await runtime.images.embed(images, deadline)
     rows = [o for o in outcomes if not isinstance(o, ImageRejected)]
     if len(rows) < len(outcomes):
         raise rejected_images(outcomes)

@@ -1,6 +1,6 @@
-"""What a running service holds, how it becomes ready, and the path of an image to its vector.
+"""What a running service holds, how it becomes ready, and how it stops.
 
-In: settings and, for tests, ready-made parts. Out: `embedder`, `gallery` and `embed_images` for the
+In: settings and, for tests, ready-made parts. Out: `embedder`, `images` and `gallery` for the
 routes, and the state of every check for /readyz. Parts are loaded in the background, so that
 /livez answers from the start.
 """
@@ -10,19 +10,16 @@ import contextlib
 import importlib.metadata
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import faiss
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from service.batching import Batcher, BoundedThreads, QueueFull
-from service.bodies import EncodedImages
-from service.decode import DecoderPool, DecoderUnavailable
-from service.embedder import Embedded, Embedder, EmbedderError, OnnxEmbedder
-from service.errors import Problem
+from service.batching import BoundedThreads, QueueFull
+from service.decode import DecoderUnavailable
+from service.embedder import Embedder, EmbedderError, OnnxEmbedder
+from service.errors import RETRY_AFTER_S, Problem, queue_full
 from service.gallery.logged import LoggedGallery
 from service.gallery.protocol import (
     Applied,
@@ -32,15 +29,12 @@ from service.gallery.protocol import (
     IdempotencyConflict,
     StorageError,
 )
+from service.images import ImagePath
 from service.observability import Metrics
 from service.settings import Settings
 from trainer.representation.bundle import Bundle, BundleError, open_bundle
-from trainer.representation.preprocess import ImageRejected
 
 Result = TypeVar("Result")
-Row = tuple[NDArray[np.float32], NDArray[np.float32]]  # embedding (D,), features (F,)
-
-RETRY_AFTER_S = 1
 CHECKS = ("model", "decoders", "gallery")
 # What stops a start with a message for the operator; anything else is a defect.
 START_ERRORS = (BundleError, EmbedderError, GalleryError, DecoderUnavailable)
@@ -63,8 +57,7 @@ class Runtime:
         self._embedder = embedder
         self._gallery = gallery
         self._given_gallery = gallery is not None
-        self._decoders: DecoderPool | None = None
-        self._batcher: Batcher[NDArray[np.uint8], Row] | None = None
+        self._images: ImagePath | None = None
         self._compute = BoundedThreads(
             settings.resolved_search_threads(),
             max_pending=settings.max_pending,
@@ -80,6 +73,13 @@ class Runtime:
         return self._embedder
 
     @property
+    def images(self) -> ImagePath:
+        """The path from images to vectors; a Problem while it is loading."""
+        if self._images is None or not self.loaded.is_set():
+            raise self._loading()
+        return self._images
+
+    @property
     def gallery(self) -> Gallery:
         """The gallery; a Problem while it is loading."""
         if self._gallery is None or not self.loaded.is_set():
@@ -89,7 +89,8 @@ class Runtime:
     def checks(self) -> dict[str, str]:
         """What /readyz looks at: "ok" or what is wrong with it."""
         missing = "loading" if self.failure is None else f"failed: {self.failure}"
-        parts = (self._embedder, self._decoders, self._gallery)
+        decoders = self._images if self._images is not None and self._images.running else None
+        parts = (self._embedder, decoders, self._gallery)
         checks = {n: missing if p is None else "ok" for n, p in zip(CHECKS, parts, strict=True)}
         if self.draining:
             checks["accepting"] = "the service is stopping"
@@ -135,34 +136,7 @@ class Runtime:
         try:
             return await self._compute.run(function, *arguments)
         except QueueFull as full:
-            raise _queue_full("searches", full.limit, "max_pending") from None
-
-    async def embed_images(
-        self, images: EncodedImages, deadline: float
-    ) -> list[Row | ImageRejected]:
-        """Decode and embed; one entry for each image, in order.
-
-        Raises:
-            Problem: queue_full, decoder_unavailable.
-        """
-        assert self._batcher is not None
-        with self._admission(len(images)):
-            outcomes = await asyncio.gather(
-                *(self._embed_image(image, deadline) for image in images)
-            )
-        self.metrics.images_rejected.inc(sum(isinstance(o, ImageRejected) for o in outcomes))
-        return outcomes
-
-    async def embed_pixels(self, pixels: NDArray[np.uint8], deadline: float) -> list[Row]:
-        """Embed (n, S, S, 3) uint8 that fit the contract already.
-
-        Raises:
-            Problem: queue_full.
-        """
-        batcher = self._batcher
-        assert batcher is not None
-        with self._admission(len(pixels)):
-            return await asyncio.gather(*(batcher.submit(image, deadline) for image in pixels))
+            raise queue_full("searches", full.limit, "max_pending") from None
 
     async def apply(self, change: Change) -> Applied:
         """Change the gallery; when it returns, the change is on disk.
@@ -183,7 +157,7 @@ class Runtime:
         try:
             yield
         except queue.Full:
-            raise _queue_full("changes", self.settings.max_pending, "max_pending") from None
+            raise queue_full("changes", self.settings.max_pending, "max_pending") from None
         except IdempotencyConflict:
             raise Problem(
                 "idempotency_conflict",
@@ -198,49 +172,6 @@ class Runtime:
                 "state directory and send the request again",
                 retry_after_s=5,
             ) from None
-
-    @contextlib.contextmanager
-    def _admission(self, count: int) -> Iterator[None]:
-        assert self._batcher is not None
-        try:
-            with self._batcher.admit(count):
-                self.metrics.queue_size.set(self._batcher.admitted)
-                yield
-        except QueueFull as full:
-            raise _queue_full("images", full.limit, "queue_size") from None
-        finally:
-            self.metrics.queue_size.set(self._batcher.admitted)
-
-    async def _embed_image(self, image: bytes | ImageRejected, deadline: float) -> Any:
-        assert self._decoders is not None
-        assert self._batcher is not None
-        if isinstance(image, ImageRejected):
-            return image
-        started = time.perf_counter()
-        try:
-            pixels = await asyncio.wrap_future(self._decoders.submit(image))
-        except ImageRejected as rejection:
-            return rejection
-        except DecoderUnavailable as error:
-            raise Problem("decoder_unavailable", str(error), retry_after_s=RETRY_AFTER_S) from None
-        finally:
-            self.metrics.decode_duration.observe(time.perf_counter() - started)
-        return await self._batcher.submit(pixels, deadline)
-
-    def _run_encoder(self, images: Sequence[NDArray[np.uint8]]) -> list[Row]:
-        embedder = self._embedder
-        assert embedder is not None
-        batch = embedder.prepare(images)
-        started = time.perf_counter()
-        raw: Embedded = embedder.run(batch)
-        self.metrics.inference_duration.observe(time.perf_counter() - started)
-        finished = embedder.finish(raw)
-        return list(zip(finished.embeddings, finished.features, strict=True))
-
-    def _observe_batch(self, size: int, waits: Sequence[float]) -> None:
-        self.metrics.batch_size.observe(size)
-        for wait in waits:
-            self.metrics.queue_duration.observe(wait)
 
     async def _load(self) -> None:
         try:
@@ -264,27 +195,8 @@ class Runtime:
                 self.bundle,
             )
         embedder = self._embedder
-        on_cpu = embedder.execution_provider.startswith("CPU")
-        self._batcher = Batcher(
-            self._run_encoder,
-            max_batch=settings.max_batch,
-            queue_size=settings.queue_size,
-            workers=settings.resolved_inference_threads() if on_cpu else 1,
-            on_batch=self._observe_batch,
-        )
-        self._batcher.start()
-        self._decoders = await asyncio.to_thread(
-            lambda: DecoderPool(
-                embedder.contract,
-                size=settings.resolved_decoder_processes(),
-                timeout_s=settings.decode_timeout_s,
-                memory_bytes=settings.decoder_memory_bytes,
-                lifetime_images=settings.decoder_lifetime_images,
-                max_pixels=settings.max_image_pixels,
-                max_image_bytes=settings.max_body_bytes,
-                on_replaced=lambda reason: self.metrics.decoders_replaced.labels(reason).inc(),
-            )
-        )
+        self._images = ImagePath(embedder, settings=settings, metrics=self.metrics)
+        await self._images.start()
         if self._gallery is None:
             assert self.bundle is not None
             self._gallery = await asyncio.to_thread(
@@ -308,10 +220,8 @@ class Runtime:
         self.metrics.gallery_version.set(snapshot.version)
 
     async def _close(self) -> None:
-        if self._batcher is not None:
-            await self._batcher.close()
-        if self._decoders is not None:
-            await asyncio.to_thread(self._decoders.close)
+        if self._images is not None:
+            await self._images.close()
         await asyncio.to_thread(self._compute.close)
         if self._gallery is not None and not self._given_gallery:
             await asyncio.to_thread(self._gallery.close)
@@ -323,13 +233,3 @@ class Runtime:
             f"not ready yet: {', '.join(waiting) or 'starting'}; /readyz says when it is",
             retry_after_s=RETRY_AFTER_S,
         )
-
-
-def _queue_full(what: str, limit: int, setting: str) -> Problem:
-    return Problem(
-        "queue_full",
-        f"{limit:,} {what} are waiting already, as many as `{setting}` allows; try again shortly",
-        retry_after_s=RETRY_AFTER_S,
-        limit=limit,
-        setting=setting,
-    )

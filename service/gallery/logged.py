@@ -14,26 +14,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import faiss
 import numpy as np
 import orjson
 import structlog
 
+from service.gallery.changes import Plan, import_gallery, records_of, replay
 from service.gallery.faiss_index import FaissSnapshot, Records, Segment, join
-from service.gallery.oplog import Operation, OperationsLog, Remembered, encode_metadata
+from service.gallery.oplog import OperationsLog, Remembered
 from service.gallery.protocol import (
     Applied,
     Change,
     GalleryError,
     Idempotency,
     IdempotencyConflict,
-    Item,
-    Metadata,
     StorageError,
 )
-from trainer.representation.bundle import Bundle, BundleGallery
+from trainer.representation.bundle import Bundle
 
 LOCK_NAME = "lock"
 # Requests written in one transaction: one synchronisation (about 7 ms) is shared by so many.
@@ -100,10 +99,9 @@ class LoggedGallery:
             return None
         if kept.digest != idempotency.digest:
             raise IdempotencyConflict(idempotency.key)
-        answer = {
-            n: tuple(v) if isinstance(v, list) else v for n, v in orjson.loads(kept.answer).items()
-        }
-        return Applied(**answer)
+        answer: dict[str, Any] = orjson.loads(kept.answer)
+        missing, rejected = tuple(answer.pop("missing")), tuple(answer.pop("rejected"))
+        return Applied(**answer, missing=missing, rejected=rejected)
 
     def apply(self, change: Change) -> "Future[Applied]":
         """Queue a change; see protocol.Gallery."""
@@ -141,10 +139,10 @@ class LoggedGallery:
         started = time.perf_counter()
         dim = self._bundle.embedding_dim
         if log.is_new:
-            records = _import(log, self._bundle.gallery())
+            records = import_gallery(log, self._bundle.gallery())
         else:
             self._remembered = {entry.key: entry for entry in log.remembered()}
-            records = _replay(log, dim)
+            records = replay(log, dim)
         _log.info(
             "gallery_loaded",
             items=len(records),
@@ -194,7 +192,7 @@ class LoggedGallery:
     ) -> list[Applied | Exception]:
         """Work out what each change does, write all of it, make the next snapshot."""
         snapshot = self._snapshot
-        planned = _Plan(snapshot, log.last_seq)
+        planned = Plan(snapshot, log.last_seq)
         outcomes: list[Applied | Exception] = []
         fresh: dict[str, Remembered] = {}
         for change in changes:
@@ -228,14 +226,14 @@ class LoggedGallery:
             self._snapshot = self._advance(snapshot, planned, log.last_seq)
         return outcomes
 
-    def _advance(self, old: FaissSnapshot, plan: "_Plan", version: int) -> FaissSnapshot:
+    def _advance(self, old: FaissSnapshot, plan: Plan, version: int) -> FaissSnapshot:
         """The snapshot after the plan: a new tail, or everything built anew."""
         boundary = len(old.main.records)
         gone = np.asarray(sorted(plan.gone), np.int64)
         tail_left = np.setdiff1d(np.arange(len(old.tail.records)), gone - boundary)
         written = [plan.upserts[item_id] for item_id in plan.upserts]
         tail = join(
-            [old.tail.records.take(tail_left), _records(written, self._bundle.embedding_dim)]
+            [old.tail.records.take(tail_left), records_of(written, self._bundle.embedding_dim)]
         )
         dead = old.dead[:boundary].copy()
         dead[gone[gone < boundary]] = True
@@ -255,96 +253,10 @@ class LoggedGallery:
             version=version,
             device="cpu" if self._gpu is None else "gpu",
             main=Segment.build(records, gpu=self._gpu),
-            tail=Segment.build(_records([], self._bundle.embedding_dim)),
+            tail=Segment.build(records_of([], self._bundle.embedding_dim)),
             dead=np.zeros(len(records), bool),
             num_dead=0,
         )
-
-
-_Written = tuple[str, bytes, Metadata, int]  # id, vector, metadata, seq
-
-
-class _Plan:
-    """Changes worked out one after the other against a snapshot, before anything is written."""
-
-    def __init__(self, snapshot: FaissSnapshot, last_seq: int) -> None:
-        self._snapshot = snapshot
-        self._last_seq = last_seq
-        self.operations: list[Operation] = []
-        self.upserts: dict[str, _Written] = {}  # what is new, in the order of its last writing
-        self.gone: set[int] = set()  # rows of the snapshot that no longer count
-
-    def add(self, change: Change) -> Applied:
-        added = updated = deleted = 0
-        missing = []
-        for item in change.upserts:
-            if self._remove(item.id):
-                updated += 1
-            else:
-                added += 1
-            vector = item.vector.astype("<f4").tobytes()
-            self._append(Operation("upsert", item.id, vector, encode_metadata(item.metadata)))
-            self.upserts[item.id] = (item.id, vector, item.metadata, self._seq)
-        for item_id in change.deletes:
-            if self._remove(item_id):
-                deleted += 1
-                self._append(Operation("delete", item_id))
-            else:
-                missing.append(item_id)
-        return Applied(self._seq, added, updated, deleted, tuple(missing), tuple(change.rejected))
-
-    @property
-    def _seq(self) -> int:
-        return self._last_seq + len(self.operations)
-
-    def _append(self, operation: Operation) -> None:
-        self.operations.append(operation)
-
-    def _remove(self, item_id: str) -> bool:
-        if self.upserts.pop(item_id, None) is not None:
-            return True
-        row = self._snapshot.row(item_id)
-        if row is None or row in self.gone:
-            return False
-        self.gone.add(row)
-        return True
-
-
-def _records(written: Sequence[_Written], dim: int) -> Records:
-    vectors = np.frombuffer(b"".join(w[1] for w in written), "<f4").reshape(-1, dim)
-    return Records(
-        vectors.astype(np.float32, copy=False),
-        [w[0] for w in written],
-        [w[2] for w in written],
-        np.fromiter((w[3] for w in written), np.int64, len(written)),
-    )
-
-
-def _import(log: OperationsLog, gallery: BundleGallery) -> Records:
-    """Write a bundle's gallery as the first operations of a new log."""
-    items = [
-        Item(item_id, vector, {})
-        for item_id, vector in zip(gallery.ids, gallery.embeddings, strict=True)
-    ]
-    empty = encode_metadata({})
-    log.append([Operation("upsert", i.id, i.vector.astype("<f4").tobytes(), empty) for i in items])
-    return Records(
-        np.ascontiguousarray(gallery.embeddings, np.float32),
-        gallery.ids,
-        [i.metadata for i in items],
-        np.arange(1, len(items) + 1),
-    )
-
-
-def _replay(log: OperationsLog, dim: int) -> Records:
-    live: dict[str, _Written] = {}  # a dict keeps the order in which keys were last inserted
-    for seq, (kind, item_id, vector, metadata) in log.replay():
-        live.pop(item_id, None)
-        if kind == "upsert":
-            assert vector is not None
-            assert metadata is not None
-            live[item_id] = (item_id, vector, orjson.loads(metadata), seq)
-    return _records(list(live.values()), dim)
 
 
 def _own(directory: Path) -> IO[str]:

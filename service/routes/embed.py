@@ -8,10 +8,11 @@ from starlette.responses import Response
 
 from service import bodies
 from service.answers import NPY, json_bytes, json_response, npy_response, wants
+from service.images import Row
 from service.openapi import body_of, problems
 from service.queries import rejected_images, rejections
 from service.routes.access import runtime_of
-from service.runtime import Row, Runtime
+from service.runtime import Runtime
 from service.schemas import EmbedAnswer, EmbedRequest
 from trainer.representation.preprocess import ImageRejected
 
@@ -61,7 +62,7 @@ async def _embed_body(
     if kind == bodies.NPY:
         pixels = bodies.parse_npy(await request.body(), "|u1", (None, side, side, 3))
         bodies.check_count("images", len(pixels), settings, "max_images")
-        return list(await runtime.embed_pixels(pixels, deadline))
+        return list(await runtime.images.embed_pixels(pixels, deadline))
     if kind == bodies.JSON:
         body = await request.body()
         images = await runtime.compute(_parse_json, body, runtime)
@@ -70,7 +71,7 @@ async def _embed_body(
             images = [image for _, image in await bodies.form_images(form, settings)]
     else:
         images = [await request.body()]
-    return await runtime.embed_images(images, deadline)
+    return await runtime.images.embed(images, deadline)
 
 
 def _parse_json(body: bytes, runtime: Runtime) -> bodies.EncodedImages:

@@ -184,7 +184,7 @@ async def _embed(runtime: Runtime, upload: Upload, deadline: float) -> list[Item
     encoded: bodies.EncodedImages = [
         d.content for d in upload.drafts if isinstance(d.content, bytes)
     ]
-    outcomes = iter(await runtime.embed_images(encoded, deadline) if encoded else [])
+    outcomes = iter(await runtime.images.embed(encoded, deadline) if encoded else [])
     items = []
     for draft in upload.drafts:
         if not isinstance(draft.content, bytes):

@@ -284,7 +284,7 @@ def test_gallery__agrees_with_a_dict_and_brute_force(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
+            max_examples=12,
             stateful_step_count=20,
             deadline=None,
             derandomize=True,

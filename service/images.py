@@ -1,0 +1,140 @@
+"""The path of an image to its vector: admission, decoder process, micro-batch, encoder.
+
+In: encoded images, or pixels that fit the contract already. Out: embeddings and features in order,
+or for each image why it was rejected. How many are on the path is bounded over all requests.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batching import Batcher, QueueFull
+from service.bodies import EncodedImages
+from service.decode import DecoderPool, DecoderUnavailable
+from service.embedder import Embedded, Embedder
+from service.errors import RETRY_AFTER_S, Problem, queue_full
+from service.observability import Metrics
+from service.settings import Settings
+from trainer.representation.preprocess import ImageRejected
+
+Row = tuple[NDArray[np.float32], NDArray[np.float32]]  # embedding (D,), features (F,)
+
+
+class ImagePath:
+    """Decoders and encoder with their queues; to be started and closed on the event loop."""
+
+    def __init__(self, embedder: Embedder, *, settings: Settings, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._embedder = embedder
+        self._settings = settings
+        self._decoders: DecoderPool | None = None
+        on_cpu = embedder.execution_provider.startswith("CPU")
+        self._batcher: Batcher[NDArray[np.uint8], Row] = Batcher(
+            self._run_encoder,
+            max_batch=settings.max_batch,
+            queue_size=settings.queue_size,
+            workers=settings.resolved_inference_threads() if on_cpu else 1,
+            on_batch=self._observe_batch,
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether the decoder processes stand ready."""
+        return self._decoders is not None
+
+    async def start(self) -> None:
+        """Start the decoder processes and the batches.
+
+        Raises:
+            DecoderUnavailable: a process does not start.
+        """
+        self._batcher.start()
+        self._decoders = await asyncio.to_thread(self._start_decoders)
+
+    async def close(self) -> None:
+        """End the processes and threads; what still waits is cancelled."""
+        await self._batcher.close()
+        if self._decoders is not None:
+            await asyncio.to_thread(self._decoders.close)
+
+    async def embed(self, images: EncodedImages, deadline: float) -> list[Row | ImageRejected]:
+        """Decode and embed; one entry for each image, in order.
+
+        Raises:
+            Problem: queue_full, decoder_unavailable.
+        """
+        with self._admission(len(images)):
+            outcomes = await asyncio.gather(
+                *(self._embed_image(image, deadline) for image in images)
+            )
+        self.metrics.images_rejected.inc(sum(isinstance(o, ImageRejected) for o in outcomes))
+        return outcomes
+
+    async def embed_pixels(self, pixels: NDArray[np.uint8], deadline: float) -> list[Row]:
+        """Embed (n, S, S, 3) uint8 that fit the contract already.
+
+        Raises:
+            Problem: queue_full.
+        """
+        with self._admission(len(pixels)):
+            return await asyncio.gather(
+                *(self._batcher.submit(image, deadline) for image in pixels)
+            )
+
+    def _start_decoders(self) -> DecoderPool:
+        settings = self._settings
+        return DecoderPool(
+            self._embedder.contract,
+            size=settings.resolved_decoder_processes(),
+            timeout_s=settings.decode_timeout_s,
+            memory_bytes=settings.decoder_memory_bytes,
+            lifetime_images=settings.decoder_lifetime_images,
+            max_pixels=settings.max_image_pixels,
+            max_image_bytes=settings.max_body_bytes,
+            on_replaced=lambda reason: self.metrics.decoders_replaced.labels(reason).inc(),
+        )
+
+    @contextlib.contextmanager
+    def _admission(self, count: int) -> Iterator[None]:
+        try:
+            with self._batcher.admit(count):
+                self.metrics.queue_size.set(self._batcher.admitted)
+                yield
+        except QueueFull as full:
+            raise queue_full("images", full.limit, "queue_size") from None
+        finally:
+            self.metrics.queue_size.set(self._batcher.admitted)
+
+    async def _embed_image(self, image: bytes | ImageRejected, deadline: float) -> Any:
+        assert self._decoders is not None
+        if isinstance(image, ImageRejected):
+            return image
+        started = time.perf_counter()
+        try:
+            pixels = await asyncio.wrap_future(self._decoders.submit(image))
+        except ImageRejected as rejection:
+            return rejection
+        except DecoderUnavailable as error:
+            raise Problem("decoder_unavailable", str(error), retry_after_s=RETRY_AFTER_S) from None
+        finally:
+            self.metrics.decode_duration.observe(time.perf_counter() - started)
+        return await self._batcher.submit(pixels, deadline)
+
+    def _run_encoder(self, images: Sequence[NDArray[np.uint8]]) -> list[Row]:
+        embedder = self._embedder
+        batch = embedder.prepare(images)
+        started = time.perf_counter()
+        raw: Embedded = embedder.run(batch)
+        self.metrics.inference_duration.observe(time.perf_counter() - started)
+        finished = embedder.finish(raw)
+        return list(zip(finished.embeddings, finished.features, strict=True))
+
+    def _observe_batch(self, size: int, waits: Sequence[float]) -> None:
+        self.metrics.batch_size.observe(size)
+        for wait in waits:
+            self.metrics.queue_duration.observe(wait)
