@@ -173,6 +173,14 @@ def test_searches__are_bounded_too(
     asyncio.run(asyncio.wait_for(check(), 60))
 
 
+def test_application__releases_its_state(
+    start_service: Any, bundle: Bundle, tmp_path: Path
+) -> None:
+    for service in start_service(tmp_path):
+        assert service.client.get("/items").is_success
+    LoggedGallery(tmp_path, bundle).close()  # refused if the lock were still held
+
+
 def test_storage__that_fails_is_507_or_503_and_searches_go_on(
     service: Any, monkeypatch: Any
 ) -> None:

@@ -179,7 +179,10 @@ def test_idempotency_key__repeats_the_answer_and_not_the_effect(
     post, key = service.client.post, {"Idempotency-Key": "once"}
     parts = [("images", ("a", picture(1))), ("images", ("b", b"bad"))]
     first = post("/items", files=parts, headers=key)
+    batches = "invprop_batch_size_count 1.0"
+    assert batches in service.client.get("/metrics").text
     again = post("/items", files=parts, headers=key)  # with another multipart boundary
+    assert batches in service.client.get("/metrics").text  # nothing was embedded again
     assert again.json() == first.json()
     assert first.json()["added"] == 1
     other = post("/items", files=[("images", ("a", picture(2)))], headers=key)
