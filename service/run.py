@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal; returns the exit code."""
     try:
         settings = read_settings(arguments)
-        listener = _listen(settings)
+        listener = listen(settings)
     except StartError as error:
         return _fail(error)
     configure_logging()
@@ -131,16 +131,25 @@ class Server(uvicorn.Server):
         )
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
+    """Take the port before anything is loaded.
+
+    Raises:
+        StartError: it cannot be taken.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise StartError(
             f"cannot listen on {settings.host} port {settings.port}: "
             f"{os.strerror(error.errno or 0)}; choose "
             "another --port, or end what uses it"
         ) from error
+    # Inherited by every connection. Without it head and body of an answer, two writes, wait for
+    # each other's acknowledgement: 40 ms on every small request.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _explain(entry: object) -> str:

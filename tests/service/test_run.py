@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from typing import Any
 
 import httpx2
 import pytest
+
+from service.run import listen
+from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60
@@ -146,3 +150,18 @@ def test_service__refuses_a_changed_bundle_and_names_the_file(
 
 def test_service__says_what_is_wrong_with_its_flags(run: Callable[..., Process]) -> None:
     assert "--state (INVPROP_STATE) is required" in run("--bundle", "b").failed()
+
+
+def test_listener__sends_small_answers_at_once(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"bundle": tmp_path, "state": tmp_path, "port": 0})
+    with listen(settings) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_service__says_when_its_port_is_taken(run: Callable[..., Process], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = run("--bundle", tmp_path, "--state", tmp_path, "--port", port)
+        assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in process.failed()
