@@ -123,15 +123,16 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
             position, sums = Position(position.epoch + 1, 0), EpochSums()
     done = ((position.epoch - 1) * run.steps + position.step) * run.recipe.batch_size
     total = run.recipe.epochs * run.steps * run.recipe.batch_size
-    with StopRequest() as stop, Progress("training", total, done=done) as progress:
+    with StopRequest() as stop:
         if not run.journal.lines:
             _measure_untrained(run)
-        for epoch in range(position.epoch, run.recipe.epochs + 1):
-            _train_epoch(run, Position(epoch, position.step), sums, progress, stop)
-            _finish_epoch(run, epoch, sums)
-            if stop.signum is not None:
-                _leave(run, Position(epoch, run.steps), sums, stop.signum)
-            position, sums = Position(epoch + 1, 0), EpochSums()
+        with Progress("training", total, done=done) as progress:
+            for epoch in range(position.epoch, run.recipe.epochs + 1):
+                _train_epoch(run, Position(epoch, position.step), sums, progress, stop)
+                _finish_epoch(run, epoch, sums)
+                if stop.signum is not None:
+                    _leave(run, Position(epoch, run.steps), sums, stop.signum)
+                position, sums = Position(epoch + 1, 0), EpochSums()
 
 
 def _train_epoch(
