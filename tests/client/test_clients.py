@@ -558,3 +558,22 @@ def test_client__both_kinds_have_the_same_methods_and_arguments() -> None:
 def test_vector__float32_and_none() -> None:
     assert answers.vector(None) is None
     assert answers.vector([1]).dtype == np.float32
+
+
+def test_neighbours__rejected_pictures_are_numbered_as_the_caller_counts(
+    fake: Any, service: Any
+) -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        bad = base64.b64encode(b"x").decode()
+        images = json.loads(request.content)["images"]
+        if bad not in images:
+            return neighbours_of_each(request)
+        errors = [{"index": images.index(bad), "reason": "cut"}]
+        document = {"code": "image_rejected", "detail": "1 rejected", "errors": errors}
+        return httpx2.Response(422, json=document)
+
+    fake.limits["max_images"] = 2
+    fake.on("POST", "/neighbours", handler)
+    with pytest.raises(ImageRejected) as raised:
+        service.neighbours(images=[b"1", b"2", b"3", b"4", b"5", b"x"])
+    assert raised.value.errors == (Rejected(5, "cut"),)
