@@ -289,6 +289,11 @@ def summarise(folder: RunFolder, report: dict[str, Any]) -> None:
             f"kNN accuracy: untrained {facts['knn_untrained']:.4f}, "
             f"trained {facts['knn_trained']:.4f}"
         )
+        if facts["knn_trained"] < facts["knn_untrained"]:
+            say(
+                "WARNING: training made the embeddings worse. Train for more epochs, set "
+                "encoder.normalise=true or lower optim.lr"
+            )
     if facts["collapsed_epochs"]:
         say(f"WARNING: the run showed collapse in the epochs {facts['collapsed_epochs']}")
     took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items())

@@ -18,6 +18,8 @@ import torch
 
 from trainer.representation.bundle import open_bundle
 from trainer.run import main
+from trainer.run_folder import RunFolder
+from trainer.session import summarise
 
 Pictures = Callable[..., Path]
 
@@ -29,6 +31,13 @@ def _tiny(overrides: Sequence[str], data: Path | str, output: Path, *more: str) 
 def _metrics(output: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+
+
+def _published(output: Path) -> dict[str, Any]:
+    """The hashes of what the bundle publishes; its card names the commit, which may move on."""
+    files = dict(open_bundle(output / "bundle").manifest["files"])
+    del files["README.md"]
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +99,11 @@ def test_run__whose_bundle_was_damaged_exports_it_again(
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    model_id = open_bundle(output / "bundle").model_id
+    whole = _published(output)
     (output / "bundle" / "encoder.onnx").write_bytes(b"damaged")
     assert main(["--resume", "--data", "digits", "--output", str(output)]) == 0
     assert "exported again" in capsys.readouterr().out
-    assert open_bundle(output / "bundle").model_id == model_id
+    assert _published(output) == whole
     assert _metrics(output) == _metrics(finished)
 
 
@@ -130,7 +139,7 @@ def test_resume__goes_back_to_the_older_checkpoint_loudly(
     output = tmp_path / "run"
     line = _tiny(tiny_overrides, packed(40), output)
     assert main(line) == 0
-    whole = open_bundle(output / "bundle").model_id
+    whole = _published(output)
     metrics = _metrics(output)
     (output / "report.json").unlink()
     newest = max((output / "checkpoints").iterdir())
@@ -140,7 +149,7 @@ def test_resume__goes_back_to_the_older_checkpoint_loudly(
     assert f"{newest / 'bank.safetensors'} has 7 bytes" in said
     assert "going on from epoch-0001" in said
     assert _metrics(output) == metrics
-    assert open_bundle(output / "bundle").model_id == whole
+    assert _published(output) == whole
     (output / "report.json").unlink()
     for checkpoint in (output / "checkpoints").iterdir():
         (checkpoint / "bank.safetensors").write_bytes(b"damaged")
@@ -188,6 +197,23 @@ def test_run__without_labels_says_so_once(
     training = open_bundle(output / "bundle").manifest["training"]
     assert training["knn_trained"] is None
     assert training["data"]["images_held_out"] == 0
+
+
+def test_run__that_made_things_worse_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report: dict[str, Any] = {
+        "training": {"knn_untrained": 0.8, "knn_trained": 0.7, "collapsed_epochs": [2]}
+    }
+    report |= {"model_id": "f00d", "seconds": {"export": 1.0}}
+    summarise(RunFolder(tmp_path), report)
+    said = capsys.readouterr().out
+    assert "untrained 0.8000, trained 0.7000" in said
+    assert "made the embeddings worse" in said
+    assert "collapse in the epochs [2]" in said
+    report["training"]["knn_trained"] = 0.9
+    summarise(RunFolder(tmp_path), report)
+    assert "worse" not in capsys.readouterr().out
 
 
 def test_data__that_is_too_little(
@@ -329,7 +355,7 @@ def test_disk__full_while_saving_keeps_the_last_good_checkpoint(
     output = tmp_path / "run"
     arguments = _tiny(tiny_overrides, packed(40), output)
     assert main(arguments) == 0
-    whole = open_bundle(output / "bundle").model_id
+    whole = _published(output)
     metrics = _metrics(output)
     (output / "report.json").unlink()
     good, newest = sorted((output / "checkpoints").iterdir())
@@ -356,7 +382,7 @@ def test_disk__full_while_saving_keeps_the_last_good_checkpoint(
     # With room again it goes on to the very same end.
     assert main([*arguments, "--resume"]) == 0
     assert _metrics(output) == metrics
-    assert open_bundle(output / "bundle").model_id == whole
+    assert _published(output) == whole
 
 
 def test_decoding_processes__do_not_import_torch(pictures: Pictures, tmp_path: Path) -> None:
