@@ -33,9 +33,7 @@ DIGITS = "digits"
 TRAIN_FORMATS = (*SERVED_FORMATS, "BMP", "TIFF", "PPM")
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 PPM_SUFFIXES = (".ppm", ".pgm", ".pbm", ".pnm")
-SUFFIXES = frozenset(
-    (*JPEG_SUFFIXES, *PPM_SUFFIXES, ".png", ".webp", ".bmp", ".tif", ".tiff"),
-)
+SUFFIXES = frozenset((*JPEG_SUFFIXES, *PPM_SUFFIXES, ".png", ".webp", ".bmp", ".tif", ".tiff"))
 # Stored training images keep at most this ratio of long to short side, around the centre: a crop
 # of ratio up to 4/3 hardly ever needs more, and one panorama would set the memory of a batch.
 MAX_ASPECT = 2.0
@@ -162,10 +160,9 @@ def split(
 
     Without labels nothing is held out: the held-out images serve the kNN accuracy alone.
     """
-    everything = np.arange(count)
+    everything, draw = np.arange(count), np.random.default_rng([seed, count])
     if labels is None or holdout == 0:
         return everything, everything[:0]
-    draw = np.random.default_rng([seed, count])
     held = np.zeros(count, bool)
     for label in np.unique(labels):
         members = draw.permutation(np.flatnonzero(labels == label))

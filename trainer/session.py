@@ -241,8 +241,7 @@ def open_checkpoint(folder: RunFolder, found: Survey, recipe: Recipe) -> Checkpo
     if checkpoint is None:
         say("no checkpoint yet: beginning anew")
         return None
-    saved = checkpoint.progress
-    if saved.data_fingerprint != found.source.fingerprint:
+    if checkpoint.progress.data_fingerprint != found.source.fingerprint:
         raise OutputError(
             f"{folder.root} was begun with other images: the names, sizes or contents under --data "
             "have changed since. Give the same images, or another --output"
