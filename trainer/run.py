@@ -25,6 +25,9 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and turn every error that a person can act on into one paragraph on standard error."""
     arguments = _parse(argv)
+    # Read when torch loads its OpenMP: threads that wait for each other sleep instead of spinning,
+    # which a machine with other work to do needs (measured there: 2 to 5 times the images/s).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported here: the decoding processes are spawned, import this file anew, and would each pay
     # seconds and hundreds of megabytes for torch.
     from trainer.checkpoint import CheckpointError

@@ -153,7 +153,7 @@ def decode(
             raise
         # A decoder fed with damage raises nearly anything: OSError, SyntaxError, struct.error, ...
         except Exception as error:
-            raise ImageRejected(_reason(error, formats)) from error
+            raise ImageRejected(_reason(error, formats, max_pixels)) from error
 
 
 def _decode(
@@ -187,9 +187,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception, formats: tuple[str, ...]) -> str:
+def _reason(error: Exception, formats: tuple[str, ...], max_pixels: int) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"this is no readable {', '.join(formats)} image"
     if isinstance(error, Image.DecompressionBombError):
-        return "the image has far too many pixels: scale it down"
+        # Pillow's own check comes first; its message holds the size.
+        size = str(error).rstrip(".")
+        return f"{size}; at most {max_pixels:,} pixels are decoded: scale it down"
     return f"the image is damaged or cut short ({type(error).__name__}: {error})"
