@@ -22,13 +22,13 @@ GUIDE = """
 {items:,} pictures can be asked. Open {url}/docs in a browser, or paste:
 
 # the embedding of a picture
-curl -sw '\n' -F {upload} {url}/embed
+curl -sw '\\n' -F {upload} {url}/embed
 
 # the neighbours of an item
-curl -sw '\n' {json_header} -d {neighbours} {url}/neighbours
+curl -sw '\\n' {json_header} -d {neighbours} {url}/neighbours
 
 # its group: what propagation along the neighbours reaches
-curl -sw '\n' {json_header} -d {groups} {url}/groups
+curl -sw '\\n' {json_header} -d {groups} {url}/groups
 
 # the same from Python
 {python} - <<'EOF'

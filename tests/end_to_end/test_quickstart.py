@@ -169,7 +169,7 @@ def test_quickstart__from_a_relative_folder_to_answers_and_again(
 ) -> None:
     first = start(f"./{pictures.name}", *TINY, cwd=pictures.parent)
     said = first.wait_for("the service runs until Ctrl-C")
-    assert "48 pictures, a SHORT schedule" in said
+    assert "48 pictures, a SHORT schedule for a first look: 200 epochs" in said
     assert "-m trainer.run folder --data" in said
     with Client(f"http://127.0.0.1:{port}") as service:
         assert service.info().gallery["items"] == 48
