@@ -246,6 +246,7 @@ def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
         means["spread"],
         num_background=recipe.loss.num_background,
         num_images=len(run.stock),
+        dim=recipe.encoder.dim,
     )
     metrics: Metrics = {
         "epoch": epoch,

@@ -112,12 +112,22 @@ def test_spread__by_hand() -> None:
 @pytest.mark.parametrize(
     ("loss", "spread_of", "verdict"),
     [
-        (6.238, 0.001, True),  # ln 512 = 6.2383: what a collapsed run of digits showed
+        (6.238, 0.001, True),  # ln 512 = 6.2383: every similarity equal
+        (
+            15.10,
+            0.0076,
+            True,
+        ),  # digits, linear head, tau 0.07: the embeddings leave the bank behind
+        (7.48, 0.0165, True),  # two epochs later
         (6.238, 0.088, False),  # as random directions: training has only begun
+        (7.26, 0.244, False),  # digits as its recipe says, first epoch
         (6.10, 0.001, False),
         (4.0, 0.3, False),
     ],
 )
 def test_collapse__needs_both_signs(loss: float, spread_of: float, verdict: bool) -> None:
-    assert is_collapsed(loss, spread_of, num_background=512, num_images=1348) == verdict
-    assert is_collapsed(loss, spread_of, num_background=4096, num_images=512) == verdict
+    for num_background, num_images in ((512, 1348), (4096, 512)):
+        found = is_collapsed(
+            loss, spread_of, num_background=num_background, num_images=num_images, dim=128
+        )
+        assert found == verdict
