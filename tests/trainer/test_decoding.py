@@ -46,7 +46,7 @@ def test_survey__skips_what_cannot_be_used_and_says_why(
     assert found.source.ids == (*(f"{i:03d}.png" for i in range(12)), "whole.jpg")
     reasons = {file.id: file.reason for file in found.skipped}
     assert set(reasons) == {"gif.jpg", "huge.png", "text.png", "truncated.jpg", "zero.png"}
-    assert "too many pixels" in reasons["huge.png"]
+    assert "at most 50,000,000 pixels are decoded" in reasons["huge.png"]
     assert "0 bytes" in reasons["zero.png"]
     assert "damaged or cut short" in reasons["truncated.jpg"]
     assert "no readable" in reasons["text.png"]
