@@ -5,6 +5,7 @@ out, compared with the network; or `ExportError`.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -88,17 +89,20 @@ def build_graph(network: PublishedEncoder) -> OnnxGraph:
     side = network.encoder.image_size_px
     # Two images: a batch of one would be taken for a constant and frozen into the graph.
     example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
-    program = torch.onnx.export(
-        network,
-        (example,),
-        dynamo=True,
-        external_data=False,
-        opset_version=OPSET,
-        input_names=[INPUT],
-        output_names=list(OUTPUTS),
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # torch 2.11 and 2.12 warn of their own use of a name that they deprecated.
+        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
     assert program is not None  # it is None only for the exporter that dynamo=True replaces
     model = program.model_proto
     _strip(model)
