@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -43,7 +44,7 @@ def page(document: dict[str, Any]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
         f"<h1>{title} {text(document['info']['version'])}</h1>"
-        f"<p>{text(document['info']['description'])}</p>"
+        f"<p>{_prose(document['info']['description'])}</p>"
         '<p>For programs: <a href="/openapi.json">openapi.json</a></p>'
         f"{''.join(routes)}<h1>Shapes</h1>{''.join(schemas)}</body></html>"
     )
@@ -53,7 +54,7 @@ def _route(method: str, path: str, operation: dict[str, Any]) -> str:
     text = html.escape
     rows = [
         f"<tr><td><code>{text(p['name'])}</code></td><td>{p['in']}</td>"
-        f"<td>{text(p.get('description', ''))} <code>{text(_kind(p['schema']))}</code></td></tr>"
+        f"<td>{_prose(p.get('description', ''))} <code>{text(_kind(p['schema']))}</code></td></tr>"
         for p in operation.get("parameters", [])
     ]
     bodies = operation.get("requestBody", {}).get("content", {})
@@ -69,9 +70,14 @@ def _route(method: str, path: str, operation: dict[str, Any]) -> str:
     )
     return (
         f"<h2>{method} {text(path)}</h2><p><b>{text(operation.get('summary', ''))}.</b> "
-        f"{text(operation.get('description', ''))}</p><table>{''.join(rows)}</table>{body}"
+        f"{_prose(operation.get('description', ''))}</p><table>{''.join(rows)}</table>{body}"
         f"<table>{answers}</table>"
     )
+
+
+def _prose(text: str) -> str:
+    """Text with its `names` set as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _names(content: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.embedder import Embedded
+from service.routes import docs
 from service.settings import Settings
 
 
@@ -91,6 +92,18 @@ def test_metrics__count_requests_batches_and_items(
     assert not any("secret" in name for name in found)
     (build,) = [name for name in found if name.startswith("invprop_build_info")]
     assert service.bundle.model_id in build
+
+
+def test_docs__names_are_set_as_code_and_markup_is_text() -> None:
+    described = {"description": "Parts `images` <b>&", "responses": {}}
+    document = {
+        "info": {"title": "t", "version": "1", "description": "with a `code`"},
+        "paths": {"/embed": {"post": described}},
+        "components": {"schemas": {}},
+    }
+    shown = docs.page(document)
+    assert "Parts <code>images</code> &lt;b&gt;&amp;" in shown
+    assert "with a <code>code</code>" in shown
 
 
 def test_docs__load_nothing_from_elsewhere(shared_service: Any) -> None:
