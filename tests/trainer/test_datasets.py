@@ -225,7 +225,7 @@ def test_reduced__keeps_the_middle(tmp_path: Path) -> None:
 
 def test_reduced__beyond_the_pixel_limit(tmp_path: Path, huge_png: bytes) -> None:
     (tmp_path / "a.png").write_bytes(huge_png)
-    with pytest.raises(ImageRejected, match="400000000 pixels.*at most 50,000,000"):
+    with pytest.raises(ImageRejected, match=r"400000000 pixels.*at most 50,000,000"):
         reduced_picture(tmp_path / "a.png", 14)
 
 
