@@ -25,7 +25,7 @@ from trainer.representation.propagation import (
 from trainer.search import nearest, places, top_m
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LossConfig:
     """What of the method can be chosen; paper values in brackets (ImageNet / CIFAR code)."""
 
