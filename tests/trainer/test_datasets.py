@@ -90,9 +90,9 @@ def test_folder__without_an_image(tmp_path: Path, content: list[str]) -> None:
 def test_source__that_is_not_there_or_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing does not exist: give a folder"):
         open_source(str(tmp_path / "nothing"))
-    (tmp_path / "a.tar").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"neither a folder nor an \.npz"):
-        open_source(str(tmp_path / "a.tar"))
+    (tmp_path / "a.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"a\.zip is a file of no known kind: give .*an \.npz"):
+        open_source(str(tmp_path / "a.zip"))
 
 
 def test_packed__ids_labels_and_colours(tmp_path: Path) -> None:
