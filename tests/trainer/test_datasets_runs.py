@@ -1,4 +1,4 @@
-"""A whole run on each kind of source: stopped and resumed, and refused once the set has changed.
+"""A whole run on packed pictures: that on the folder, and refused once the set has changed.
 
 Run: pytest tests/trainer/test_datasets_runs.py
 """
