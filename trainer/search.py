@@ -129,9 +129,12 @@ def _keep_best(
         if len(keep) > m:  # ties at the threshold: the highest ids go
             tied = np.flatnonzero(best[keep] == threshold)
             keep = np.delete(keep, tied[m - len(keep) :])
-        found, best = found[keep], best[keep]
-    ids[: len(found)] = found
-    similarities[: len(found)] = best
+        # Straight to their place: with the default mode numpy would go through a copy.
+        found.take(keep, out=ids, mode="clip")
+        best.take(keep, out=similarities, mode="clip")
+    else:
+        ids[: len(found)] = found
+        similarities[: len(found)] = best
 
 
 def _sampled_bound(line: NDArray[np.floating], m: int) -> float:
