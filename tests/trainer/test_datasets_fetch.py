@@ -123,8 +123,8 @@ def test_remote__of_another_form(web: str, path: str, told: str) -> None:
 
 def test_cache_folder__is_named_or_in_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder({"INVPROP_CACHE": "here"}) == Path("here")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert cache_folder({}) == Path("/home/me/.cache/invprop")
+    monkeypatch.setenv("HOME", "/nowhere/me")
+    assert cache_folder({}) == Path("/nowhere/me/.cache/invprop")
 
 
 def test_shown__leaves_secrets_out() -> None:
