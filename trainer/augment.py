@@ -242,6 +242,8 @@ def blur(pixels: Tensor, sigmas_px: Tensor) -> Tensor:
     reach = min(side - 1, math.ceil(BLUR_REACH_SIGMAS * float(sigmas_px.max())))
     offsets = torch.arange(-reach, reach + 1)
     taps = torch.exp(-0.5 * (offsets / sigmas_px[:, None]) ** 2)  # (B, 2 reach + 1)
+    # Each to its own reach: a view must not depend on which images share a process with it.
+    taps = taps * (offsets.abs() <= (BLUR_REACH_SIGMAS * sigmas_px[:, None]).ceil())
     taps = (taps / taps.sum(dim=1, keepdim=True)).to(pixels.device)
     offsets = offsets.to(pixels.device)
     # The line as a matrix: row i holds the taps at the pixels around i, folded back at the edges.

@@ -226,3 +226,10 @@ def test_views__same_generator_same_views_and_independent_images() -> None:
 def _views(block: Collated, config: AugmentConfig, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return apply_views(block, draw_views(config, block.sizes, generator), size_px=16)
+
+
+def test_blur__does_not_depend_on_the_others_in_the_batch() -> None:
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    alone = blur(pixels[:1], torch.tensor([0.5]))
+    beside = blur(pixels, torch.tensor([0.5, 2.0]))[:1]
+    assert torch.equal(beside, alone)
