@@ -16,7 +16,13 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What a resumed run may be given anew: these change neither the numbers nor what they mean.
 OPERATIONAL_KEYS = frozenset(
-    {"data.workers", "data.resident_limit_bytes", "checkpoint.every_epochs", "checkpoint.keep"}
+    {
+        "data.workers",
+        "data.resident_limit_bytes",
+        "checkpoint.every_epochs",
+        "checkpoint.keep",
+        "distributed.timeout_s",
+    }
 )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -130,6 +136,13 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=1, le=1000)]
 
 
+class DistributedConfig(Section):
+    """Training with several processes; with one these change nothing."""
+
+    sync_batchnorm: bool  # statistics of the joined batch instead of each process's share
+    timeout_s: Annotated[int, Field(ge=1, le=86_400)]  # a process that is silent so long is lost
+
+
 class Recipe(Section):
     """Everything that decides what a run computes."""
 
@@ -146,10 +159,15 @@ class Recipe(Section):
     optim: OptimConfig
     monitor: MonitorConfig
     checkpoint: CheckpointConfig
+    distributed: DistributedConfig
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as it stands in YAML and JSON."""
         return self.model_dump(mode="json")
+
+    def by_key(self) -> dict[str, Any]:
+        """The plain values by their dotted keys."""
+        return dict(_leaves(self.as_dict(), ""))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -202,7 +220,7 @@ def recipe_keys() -> list[str]:
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ and may not, when a run is resumed."""
-    first, second = (dict(_leaves(recipe.as_dict(), "")) for recipe in (one, other))
+    first, second = one.by_key(), other.by_key()
     return [key for key in first if first[key] != second[key] and key not in OPERATIONAL_KEYS]
 
 

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -53,7 +54,7 @@ class DecodePool:
             self._executor = ProcessPoolExecutor(
                 self.workers,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=_leave_interrupts_to_the_parent,
+                initializer=_live_and_die_with_the_parent,
             )
 
     def __enter__(self) -> Self:
@@ -243,5 +244,15 @@ def _available_cores() -> int:
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _live_and_die_with_the_parent() -> None:
+    """Out of reach of signals to the run's process group (torchrun's SIGTERM, Ctrl-C)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    threading.Thread(target=_follow_the_parent, daemon=True).start()
+
+
+def _follow_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only spawned processes come here
+    parent.join()
+    os._exit(1)

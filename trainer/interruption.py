@@ -1,5 +1,8 @@
 """Ctrl-C and SIGTERM while training: the first asks for a stop, the second kills at once.
 
+Under torchrun, which passes signals on and so may send one twice, every later one is passed over:
+torchrun itself kills what is left after 30 s.
+
 In: signals of this process. Out: a flag that the training loop reads between two steps.
 """
 
@@ -10,6 +13,7 @@ from typing import Any, Self
 
 STANDARD_ERROR = 2
 STOPPING = b"\nstopping: the state is saved after this step; a second Ctrl-C kills at once\n"
+STOPPING_TOGETHER = b"\nstopping: the state is saved after this step\n"
 
 
 class Interrupted(Exception):
@@ -21,9 +25,15 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, remembers the first SIGINT or SIGTERM; `signum` is None until then."""
+    """While entered, remembers the first SIGINT or SIGTERM; `signum` is None until then.
 
-    def __init__(self) -> None:
+    Args:
+        alone: whether this process is the whole run.
+        speaks: whether to tell the person at the terminal.
+    """
+
+    def __init__(self, *, alone: bool = True, speaks: bool = True) -> None:
+        self._alone, self._speaks = alone, speaks
         self.signum: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -43,8 +53,12 @@ class StopRequest:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
+            if not self._alone:
+                return
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
+        if not self._speaks:
+            return
         # Straight to the descriptor: a handler may come in the middle of another write.
-        os.write(STANDARD_ERROR, STOPPING)
+        os.write(STANDARD_ERROR, STOPPING if self._alone else STOPPING_TOGETHER)

@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.config import MonitorConfig
 from trainer.datasets import ImageSource
 from trainer.decoding import DecodePool, prepare_all
+from trainer.distributed import ALONE, Ranks
 from trainer.encoder import Encoder, embed_images
 from trainer.representation.preprocess import InputContract
 from trainer.representation.protocols import knn_accuracy
@@ -35,25 +36,38 @@ class KnnMonitor:
     """Weighted kNN accuracy on images as the service will see them.
 
     Held-out images are asked against training images; without held-out ones, training images
-    against each other, none voting on itself.
+    against each other, none voting on itself. Each rank embeds and asks its share.
     """
 
-    gallery: NDArray[np.uint8]  # (N, S, S, 3)
+    gallery: NDArray[np.uint8]  # (N, S, S, 3), this rank's share of them
     gallery_labels: NDArray[np.int64]  # (N,)
-    queries: NDArray[np.uint8] | None  # (Q, S, S, 3); None: leave one out
-    query_labels: NDArray[np.int64]
+    queries: NDArray[np.uint8] | None  # (Q, S, S, 3), this rank's share; None: leave one out
+    query_labels: NDArray[np.int64]  # (Q,)
     k: int
+    ranks: Ranks = ALONE
 
     def measure(self, encoder: Encoder, device: torch.device) -> float:
         """The share of images, 0..1, whose neighbours vote for their own class."""
-        gallery = _embed(encoder, self.gallery, device)
+        # Running statistics of a share of each batch differ between the ranks.
+        self.ranks.copy_from_first(list(encoder.buffers()))
+        gallery = np.concatenate(self.ranks.gathered(_embed(encoder, self.gallery, device)))
+        own = self.ranks.share(len(self.query_labels))
         if self.queries is None:
-            queries, exclude = gallery, np.arange(len(gallery))
+            queries, exclude = gallery[own], np.arange(len(gallery))[own]
         else:
             queries, exclude = _embed(encoder, self.queries, device), None
-        return knn_accuracy(
-            queries, self.query_labels, gallery, self.gallery_labels, k=self.k, exclude=exclude
-        )
+        right = 0
+        if len(queries):
+            accuracy = knn_accuracy(
+                queries,
+                self.query_labels[own],
+                gallery,
+                self.gallery_labels,
+                k=self.k,
+                exclude=exclude,
+            )
+            right = round(accuracy * len(queries))
+        return sum(self.ranks.gathered(right)) / len(self.query_labels)
 
 
 def build_knn_monitor(
@@ -64,6 +78,7 @@ def build_knn_monitor(
     pool: DecodePool,
     *,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> KnnMonitor | None:
     """Prepare the images the monitor looks at, at most `config.max_images` on either side.
 
@@ -77,13 +92,19 @@ def build_knn_monitor(
     assert shown.labels is not None
     assert asked.labels is not None  # both come from one source
     leave_one_out = len(asked) == 0
-    gallery = prepare_all(shown, contract, pool)
+
+    def prepared(source: ImageSource) -> NDArray[np.uint8]:
+        return prepare_all(
+            source.subset(np.arange(len(source))[ranks.share(len(source))]), contract, pool
+        )
+
     return KnnMonitor(
-        gallery=gallery,
+        gallery=prepared(shown),
         gallery_labels=shown.labels,
-        queries=None if leave_one_out else prepare_all(asked, contract, pool),
+        queries=None if leave_one_out else prepared(asked),
         query_labels=shown.labels if leave_one_out else asked.labels,
-        k=min(config.knn_k, len(gallery) - leave_one_out),
+        k=min(config.knn_k, len(shown) - leave_one_out),
+        ranks=ranks,
     )
 
 

@@ -1,7 +1,8 @@
 """The training loop: views -> embeddings -> objective -> step -> bank and graph -> metrics, state.
 
 In: everything already built. Out: a trained encoder in place, the journal's lines, checkpoints; or
-an exception that says why training stopped. One process; nothing here decides what it trains on.
+an exception that says why training stopped. Every rank runs it and all do the same; the bank is
+written with the joined batch in its order, so that all banks stay equal.
 """
 
 import time
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.augment import apply_views, collate, draw_views
+from trainer.augment import Views, apply_views, collate, draw_views
 from trainer.checkpoint import Progress as SavedProgress
 from trainer.checkpoint import TrainingState, checkpoints, save_checkpoint
 from trainer.config import Recipe
 from trainer.decoding import CropStock
+from trainer.distributed import ALONE, Ranks, digest
 from trainer.interruption import Interrupted, StopRequest
 from trainer.monitor import KnnMonitor, is_collapsed, spread
 from trainer.objective import LossConfig, Objective, objective
@@ -53,6 +55,7 @@ class Pretraining:
     journal: Journal
     checkpoints: Path
     data_fingerprint: str
+    ranks: Ranks = ALONE
 
     @property
     def steps(self) -> int:
@@ -60,7 +63,7 @@ class Pretraining:
         return steps_per_epoch(len(self.stock), self.recipe.batch_size)
 
     def save(self, position: Position, running: "EpochSums") -> Path:
-        """Write a checkpoint of everything.
+        """Write a checkpoint of everything, on rank 0; the others wait for it.
 
         Raises:
             TrainingFailed: it cannot be written; the last good one stays.
@@ -72,7 +75,10 @@ class Pretraining:
             running=running.as_dict(),
             metrics=self.journal.lines,
         )
-        keep = self.recipe.checkpoint.keep
+        return self.ranks.from_first(lambda: self._write(progress))
+
+    def _write(self, progress: SavedProgress) -> Path:
+        position, keep = progress.position, self.recipe.checkpoint.keep
         try:
             return save_checkpoint(self.checkpoints, self.state, progress, keep=keep)
         except OSError as error:
@@ -123,20 +129,33 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
             position, sums = Position(position.epoch + 1, 0), EpochSums()
     done = ((position.epoch - 1) * run.steps + position.step) * run.recipe.batch_size
     total = run.recipe.epochs * run.steps * run.recipe.batch_size
-    with StopRequest() as stop:
+    ranks, encoder = run.ranks, run.state.encoder
+    joint = run.recipe.distributed.sync_batchnorm
+    with (
+        StopRequest(alone=ranks.size == 1, speaks=ranks.is_first) as stop,
+        ranks.network(encoder, sync_batchnorm=joint) as network,
+    ):
         if not run.journal.lines:
             _measure_untrained(run)
         with Progress("training", total, done=done) as progress:
             for epoch in range(position.epoch, run.recipe.epochs + 1):
-                _train_epoch(run, Position(epoch, position.step), sums, progress, stop)
+                _train_epoch(run, network, Position(epoch, position.step), sums, progress, stop)
+                _check_equal(run, epoch)
                 _finish_epoch(run, epoch, sums)
-                if stop.signum is not None:
-                    _leave(run, Position(epoch, run.steps), sums, stop.signum)
+                # What one rank was asked while another still saved or measured.
+                signum = max(ranks.gathered(stop.signum or 0))
+                if signum:
+                    _leave(run, Position(epoch, run.steps), sums, signum)
                 position, sums = Position(epoch + 1, 0), EpochSums()
 
 
 def _train_epoch(
-    run: Pretraining, start: Position, sums: EpochSums, progress: Progress, stop: StopRequest
+    run: Pretraining,
+    network: nn.Module,
+    start: Position,
+    sums: EpochSums,
+    progress: Progress,
+    stop: StopRequest,
 ) -> None:
     recipe, epoch = run.recipe, start.epoch
     rate = learning_rate(recipe.optim, epoch, recipe.epochs)
@@ -146,7 +165,7 @@ def _train_epoch(
     batches = epoch_batches(recipe.seed, epoch, len(run.stock), recipe.batch_size)[start.step :]
     began = time.monotonic()
     for step, (indices, pixels) in enumerate(_views(run, batches, start), start.step + 1):
-        figures = _train_step(run, indices, pixels, Position(epoch, step))
+        figures, signum = _train_step(run, network, indices, pixels, Position(epoch, step), stop)
         now = time.monotonic()
         sums.add(figures, now - began)
         began = now
@@ -157,39 +176,65 @@ def _train_epoch(
             f"instance {figures['instance']:.3f}, invariance {figures['invariance']:.3f}, "
             f"{speed:.0f} images/s",
         )
-        if stop.signum is not None and step < run.steps:
-            _leave(run, Position(epoch, step), sums, stop.signum)
+        if signum and step < run.steps:
+            _leave(run, Position(epoch, step), sums, signum)
 
 
 def _views(
     run: Pretraining, batches: NDArray[np.int64], start: Position
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B,) indices and (B, 3, S, S) views on the device, step by step."""
+    """Yield step by step the (B,) indices of the whole batch and this rank's views of its share.
+
+    The views, (b, 3, S, S) on the device, are those the images would get in one process.
+    """
     recipe = run.recipe
-    crops = run.stock.batches(batches)
+    share = run.ranks.share(recipe.batch_size)
+    crops = run.stock.batches(batches[:, share])
     for step, (indices, images) in enumerate(zip(batches, crops, strict=True), start.step + 1):
         block = collate(images)
         generator = view_generator(recipe.seed, start.epoch, step)
-        views = draw_views(recipe.augment, block.sizes, generator)
+        # Drawn for the whole batch; nothing that is drawn depends on the sizes of the others'.
+        sizes = torch.ones(len(indices), 2, dtype=block.sizes.dtype)
+        sizes[share] = block.sizes
+        views = _shared(draw_views(recipe.augment, sizes, generator), share)
         block = block._replace(pixels=block.pixels.to(run.device))
         pixels = apply_views(block, views, size_px=recipe.encoder.image_size_px)
         yield torch.from_numpy(indices).to(run.device), pixels
 
 
+def _shared(views: Views, share: slice) -> Views:
+    own = {name: drawn[share] for name, drawn in views._asdict().items() if name != "order"}
+    return views._replace(**own)
+
+
 def _train_step(
-    run: Pretraining, indices: Tensor, pixels: Tensor, position: Position
-) -> dict[str, float]:
-    recipe, state = run.recipe, run.state
+    run: Pretraining,
+    network: nn.Module,
+    indices: Tensor,
+    pixels: Tensor,
+    position: Position,
+    stop: StopRequest,
+) -> tuple[dict[str, float], int]:
+    """Give the figures of the joined batch, and the signal that any rank got, 0 for none."""
+    recipe, state, ranks = run.recipe, run.state, run.ranks
     bf16 = recipe.precision == "bf16"
     with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-        embeddings = state.encoder(pixels.to(memory_format=torch.channels_last)).embedding
-    found = objective(state.bank, indices, embeddings, loss_config(recipe))
+        embeddings = network(pixels.to(memory_format=torch.channels_last)).embedding
+    own = indices[ranks.share(recipe.batch_size)]
+    found = objective(state.bank, own, embeddings, loss_config(recipe))
     weight = invariance_weight(
         recipe.loss.invariance_weight, position.epoch, recipe.loss.warmup_epochs
     )
     # Left out, not multiplied by 0: 0 times an infinite loss is no number.
     loss = found.instance + weight * found.invariance if weight else found.instance
-    figures = _figures(found, embeddings, loss)
+    # One exchange carries all that the ranks need of each other, also whether one is to stop.
+    asked = torch.full((1,), stop.signum or 0, device=run.device)
+    joined, nearest, means, signals = ranks.joined(
+        embeddings, found.nearest, _means(found, loss)[None], asked
+    )
+    values = [*means.mean(dim=0), spread(joined).float(), signals.amax().float()]
+    *fetched, signum = torch.stack(values).tolist()  # from the device in one go
+    figures = dict(zip(FIGURES, fetched, strict=True))
     if not np.isfinite(figures["loss"]):
         raise TrainingFailed(
             f"the loss is {figures['loss']} (instance {figures['instance']}, invariance "
@@ -201,9 +246,9 @@ def _train_step(
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimiser.step()
     # After the step, with what was computed before it: the authors' order.
-    state.bank.update(indices, embeddings.detach())
-    state.bank.refresh_neighbours(indices, found.nearest)
-    return figures
+    state.bank.update(indices, joined)
+    state.bank.refresh_neighbours(indices, nearest)
+    return figures, int(signum)
 
 
 def loss_config(recipe: Recipe) -> LossConfig:
@@ -212,21 +257,42 @@ def loss_config(recipe: Recipe) -> LossConfig:
     return LossConfig(**chosen)
 
 
-def _figures(found: Objective, embeddings: Tensor, loss: Tensor) -> dict[str, float]:
-    """The step's figures, fetched from the device in one go."""
-    reached = (found.reached >= 0).sum(dim=1)  # (B,)
-    hard = (found.hard_positives >= 0).sum(dim=1)  # (B,)
+def _means(found: Objective, loss: Tensor) -> Tensor:
+    """(F,) float32: the step's figures but for the last, each a mean over the images."""
+    reached = (found.reached >= 0).sum(dim=1)  # (b,)
+    hard = (found.hard_positives >= 0).sum(dim=1)  # (b,)
     values = (
         loss.detach(),
         found.instance.detach(),
         found.invariance.detach(),
         reached.float().mean(),
         (hard / reached.clamp(min=1)).mean(),
-        spread(embeddings),
     )
-    return dict(
-        zip(FIGURES, torch.stack([value.float() for value in values]).tolist(), strict=True)
-    )
+    return torch.stack([value.float() for value in values])
+
+
+def _check_equal(run: Pretraining, epoch: int) -> None:
+    """Compare the bank and the weights of all ranks; they must be equal to the last bit.
+
+    Raises:
+        TrainingFailed: on every rank, before anything of them is saved.
+    """
+    state, ranks = run.state, run.ranks
+    if ranks.size == 1:
+        return
+    own = {
+        "memory bank": int(digest([state.bank.embeddings, state.bank.neighbours])),
+        "weights": int(digest(list(state.encoder.parameters()))),
+    }
+    everywhere = ranks.gathered(own)
+    for name, value in everywhere[0].items():
+        others = [rank for rank, each in enumerate(everywhere) if each[name] != value]
+        if others:
+            raise TrainingFailed(
+                f"after epoch {epoch} the {name} of rank {', '.join(map(str, others))} is not that "
+                "of rank 0: its hardware or its libraries compute otherwise, or its memory is "
+                "damaged. Nothing is published; take that host out and go on with --resume"
+            )
 
 
 def _measure_untrained(run: Pretraining) -> None:

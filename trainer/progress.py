@@ -14,8 +14,19 @@ from tqdm import tqdm
 PLAIN_LINE_EVERY_S = 30.0  # where there is no terminal: often enough to see that it lives
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Say and show nothing from now on: this process is not the first of its run."""
+    global _muted
+    _muted = True
+
+
 def say(message: str) -> None:
     """Write a line that stays, above the bar if there is one."""
+    if _muted:
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
@@ -27,7 +38,7 @@ class Progress:
         self._what, self._total, self._done, self._first = what, total, done, done
         self._began = self._said = time.monotonic()
         self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _muted:
             self._bar = tqdm(
                 total=total, initial=done, desc=what, unit="img", unit_scale=True, leave=False
             )

@@ -1,6 +1,7 @@
 """Pretrain an encoder on images and export it.
 
     python -m trainer.run [RECIPE] --data SOURCE --output DIR [--resume] [key=value ...]
+    torchrun --nproc-per-node=GPUS -m trainer.run ...        the same words, several processes
 
 In: a recipe, a folder of images, an .npz or `digits`. Out: a run folder with a bundle, see
 trainer/README.md. Exit code 0; 2 for what the caller can put right; 1 for a run that failed; 130 or
@@ -31,36 +32,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here: the decoding processes are spawned, import this file anew, and would each pay
     # seconds and hundreds of megabytes for torch.
     from trainer.checkpoint import CheckpointError
+    from trainer.distributed import (
+        FirstRankFailed,
+        RankError,
+        leave,
+        lost_rank,
+        open_ranks,
+        read_launch,
+    )
     from trainer.export import ExportError
     from trainer.interruption import Interrupted
     from trainer.pretrain import TrainingFailed
+    from trainer.progress import mute
+    from trainer.request import UnavailableError
     from trainer.run_folder import OutputError, RunFolder
-    from trainer.session import UnavailableError, train_and_export
+    from trainer.session import train_and_export
 
+    prefix = ""
     try:
+        launch = read_launch(os.environ)
+        if launch.rank > 0:
+            mute()
+            prefix = f"rank {launch.rank}: "
         train_and_export(
             RunFolder(arguments.output),
             recipe=arguments.recipe,
             overrides=arguments.overrides,
             data=arguments.data,
             resume=arguments.resume,
-            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            ranks=open_ranks(launch),
         )
-    except (RecipeError, DataError, OutputError, CheckpointError, UnavailableError) as error:
-        return _fail(str(error), WRONG_USE)
-    except (TrainingFailed, ExportError, ArtifactError) as error:
-        return _fail(str(error), FAILED)
+    except (
+        RecipeError,
+        DataError,
+        OutputError,
+        CheckpointError,
+        UnavailableError,
+        RankError,
+    ) as error:
+        return _fail(str(error), WRONG_USE, prefix)
+    except FirstRankFailed:
+        return FAILED
+    except TrainingFailed as error:  # all ranks together
+        return FAILED if prefix else _fail(str(error), FAILED)
+    except (ExportError, ArtifactError) as error:
+        return _fail(str(error), FAILED, prefix)
     except OSError as error:
         return _fail(
             f"{error}. Put this right and go on with --resume: what was saved in "
             f"{arguments.output} stays",
             FAILED,
+            prefix,
         )
     except Interrupted as stop:
-        sys.stderr.write(f"{stop}\n")
+        if not prefix:
+            sys.stderr.write(f"{stop}\n")
         return SIGNALLED + stop.signum
     except KeyboardInterrupt:
-        return _fail("interrupted while not training; nothing saved is lost", INTERRUPTED)
+        return _fail("interrupted while not training; nothing saved is lost", INTERRUPTED, prefix)
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        _fail(lost, FAILED, prefix)
+        leave(FAILED)
     return SUCCEEDED
 
 
@@ -98,8 +133,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
+def _fail(message: str, code: int, prefix: str = "") -> int:
+    sys.stderr.write(f"{prefix}error: {message}\n")
     return code
 
 

@@ -131,9 +131,16 @@ class RunFolder:
 class Journal:
     """The metrics of a run: in memory, as JSON lines, and for TensorBoard."""
 
-    def __init__(self, folder: RunFolder, before: Sequence[Metrics] = ()) -> None:
-        """Begin with the metrics `before` a resumed checkpoint; later lines are dropped."""
+    def __init__(self, folder: RunFolder | None, before: Sequence[Metrics] = ()) -> None:
+        """Begin with the metrics `before` a resumed checkpoint; later lines are dropped.
+
+        Args:
+            folder: None on all ranks but the first, which keep the lines in memory only.
+        """
         self.lines: list[Metrics] = list(before)
+        self._path: Path | None = None
+        if folder is None:
+            return
         self._path = folder.metrics
         write_whole(self._path, "".join(map(_line, self.lines)))
         next_epoch = self.lines[-1]["epoch"] + 1 if self.lines else 0
@@ -148,11 +155,14 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._board.close()
+        if self._path is not None:
+            self._board.close()
 
     def write(self, metrics: Metrics) -> None:
         """Add the line of an epoch."""
         self.lines.append(metrics)
+        if self._path is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(metrics))
         for name, value in metrics.items():

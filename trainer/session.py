@@ -3,18 +3,20 @@
 In: what the command line said. Out: the run folder, filled. Every stage is done elsewhere.
 """
 
+import os
 import random
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from trainer.checkpoint import Checkpoint, TrainingState, newest_checkpoint
-from trainer.config import Recipe, differing_keys, load_recipe
-from trainer.datasets import DIGITS, DataError, ImageSource, open_source, split
-from trainer.decoding import CropStock, DecodePool, Survey, survey
+from trainer.config import Recipe
+from trainer.datasets import DataError, ImageSource, open_source, split
+from trainer.decoding import MAX_WORKERS, CropStock, DecodePool, Survey, survey
+from trainer.distributed import Ranks
 from trainer.encoder import build_encoder
 from trainer.export import export_bundle
 from trainer.memory_bank import MemoryBank
@@ -22,13 +24,10 @@ from trainer.monitor import build_knn_monitor
 from trainer.pretrain import Pretraining, pretrain
 from trainer.progress import Progress, say
 from trainer.report import data_facts, training_facts, versions
-from trainer.representation.bundle import BundleError, open_bundle
+from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import InputContract
+from trainer.request import agree_on_request, resolve_device
 from trainer.run_folder import Journal, OutputError, RunFolder
-
-
-class UnavailableError(Exception):
-    """Something was asked for that this machine or this version does not have."""
 
 
 class Divided(NamedTuple):
@@ -46,60 +45,81 @@ def train_and_export(
     overrides: Sequence[str],
     data: str,
     resume: bool,
-    num_processes: int,
+    ranks: Ranks,
 ) -> None:
     """Do one whole run, or what is left of it.
 
     Raises:
         RecipeError, DataError, OutputError, CheckpointError, UnavailableError: what was asked for
             cannot be done; nothing that was there is changed.
+        RankError: the processes cannot be one run. FirstRankFailed: rank 0 raised one of these.
         TrainingFailed, ExportError: nothing is published.
         Interrupted: a signal asked for a stop, the state is saved.
         OSError: the disk failed.
     """
-    if num_processes > 1:
-        raise UnavailableError(
-            f"started as one of {num_processes} processes, but training with more than one is not "
-            "there yet: start it without torchrun"
-        )
-    resolved = resolve_recipe(folder, recipe, overrides, data=data, resume=resume)
-    if resume and is_finished(folder):
+    request = agree_on_request(folder, recipe, overrides, data=data, resume=resume, ranks=ranks)
+    resolved = request.recipe
+    if request.finished:
         say(f"this run is finished, its bundle is {folder.bundle}")
+        ranks.close()
         return
-    device = resolve_device(resolved.device)
-    say(f"training on {device} (device={resolved.device}), precision {resolved.precision}")
+    device = resolve_device(resolved.device, ranks)
+    together = f", {ranks.size} processes" if ranks.size > 1 else ""
+    say(
+        f"training on {device} (device={resolved.device}), precision {resolved.precision}{together}"
+    )
 
-    with DecodePool(resolved.data.workers) as pool:
+    with DecodePool(decoders(resolved.data.workers, ranks)) as pool:
         clock = time.monotonic()
         found = survey_images(open_source(data), pool, resolved)
         divided = divide(found, pool, resolved)
         check_enough(len(divided.train), resolved)
-        checkpoint = open_checkpoint(folder, found, resolved) if resume else None
+        ranks.check_same(
+            {"the device": device.type, "the fingerprint of the images": found.source.fingerprint},
+            "Every process needs the same images under --data, and the same kind of device",
+        )
+        ranks = ranks.open_training(device, resolved.distributed.timeout_s)
+        checkpoint = ranks.from_first(
+            lambda: open_checkpoint(folder, found, ranks) if request.resume else None
+        )
         report: dict[str, Any] = {
             "status": "training",
             "source": data,
             "device": str(device),
+            "processes": ranks.size,
             "data": data_facts(found, train=divided.train, held_out=divided.held_out),
             "seconds": {"survey": time.monotonic() - clock},
             "versions": versions(),
         }
-        folder.write_recipe(resolved)
-        folder.write_report(report)
+        if ranks.is_first:
+            folder.write_recipe(resolved)
+            folder.write_report(report)
 
         contract = input_contract(resolved)
         monitor = build_knn_monitor(
-            divided.train, divided.held_out, resolved.monitor, contract, pool, seed=resolved.seed
+            divided.train,
+            divided.held_out,
+            resolved.monitor,
+            contract,
+            pool,
+            seed=resolved.seed,
+            ranks=ranks,
         )
         if monitor is None:
             say("no labels: no image is held out, no kNN accuracy is measured")
         state = build(resolved, len(divided.train), device)
         progress = None
         if checkpoint is not None:
-            checkpoint.restore(state)
+            if ranks.is_first:
+                checkpoint.restore(state)
             progress = checkpoint.progress
             say(f"going on from {checkpoint.directory.name}")
+        # The seed makes equal ones everywhere; this holds whatever the hosts' libraries do.
+        ranks.copy_from_first([*state.encoder.state_dict().values(), *state.bank.buffers()])
+        ranks.copy_optimiser_from_first(state.optimiser)
         clock = time.monotonic()
-        with Journal(folder, progress.metrics if progress else ()) as journal:
+        writes_to = folder if ranks.is_first else None
+        with Journal(writes_to, progress.metrics if progress else ()) as journal:
             try:
                 pretrain(
                     Pretraining(
@@ -111,6 +131,7 @@ def train_and_export(
                         journal=journal,
                         checkpoints=folder.checkpoints,
                         data_fingerprint=found.source.fingerprint,
+                        ranks=ranks,
                     ),
                     progress,
                 )
@@ -118,7 +139,11 @@ def train_and_export(
                 report["status"] = "stopped"
                 report["training"] = training_facts(journal.lines)
                 report["seconds"]["training"] = time.monotonic() - clock
-                folder.write_report(report)
+                if ranks.is_first:
+                    folder.write_report(report)
+    ranks.close()  # nobody waits for the export
+    if not ranks.is_first:
+        return
 
     clock = time.monotonic()
     say("exporting the bundle")
@@ -136,58 +161,6 @@ def train_and_export(
     report["seconds"]["export"] = time.monotonic() - clock
     folder.write_report(report)
     summarise(folder, report)
-
-
-def resolve_recipe(
-    folder: RunFolder, name: str | None, overrides: Sequence[str], *, data: str, resume: bool
-) -> Recipe:
-    """The recipe of this run; its folder may hold it (`resume`) or must be free for it.
-
-    A resumed run may leave the recipe out. If it is given it must be the one that began the run.
-    """
-    default = "digits" if data == DIGITS else "folder"
-    if not resume:
-        recipe = load_recipe(name or default, overrides)
-        folder.check_new()
-        return recipe
-    begun = folder.read_recipe()
-    folder.check_writable()
-    recipe = load_recipe(name or folder.recipe, overrides)
-    differing = differing_keys(begun, recipe)
-    if differing:
-        raise OutputError(
-            f"{folder.root} was begun with another recipe; these keys differ: "
-            f"{', '.join(differing)}. Leave them out to go on with it, or give another --output"
-        )
-    return recipe
-
-
-def is_finished(folder: RunFolder) -> bool:
-    """Whether the run ended and its bundle is whole; a damaged bundle is exported again."""
-    report = folder.read_report()
-    if report is None or report.get("status") != "finished":
-        return False
-    try:
-        return open_bundle(folder.bundle).model_id == report.get("model_id")
-    except BundleError as error:
-        say(f"the bundle will be exported again: {error}")
-        return False
-
-
-def resolve_device(asked: str) -> torch.device:
-    """`auto` takes a GPU where there is one; `cuda` never falls back.
-
-    Raises:
-        UnavailableError: `cuda` and there is none.
-    """
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError(
-            f"device=cuda was asked for, but torch {torch.__version__} finds no usable GPU here: "
-            "install its driver, or give device=cpu"
-        )
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
 
 
 def survey_images(source: ImageSource, pool: DecodePool, recipe: Recipe) -> Survey:
@@ -235,7 +208,7 @@ def check_enough(count: int, recipe: Recipe) -> None:
         )
 
 
-def open_checkpoint(folder: RunFolder, found: Survey, recipe: Recipe) -> Checkpoint | None:
+def open_checkpoint(folder: RunFolder, found: Survey, ranks: Ranks) -> Checkpoint | None:
     """The state to go on from; None where the run was stopped before its first checkpoint."""
     checkpoint = newest_checkpoint(folder.checkpoints, warn=say)
     if checkpoint is None:
@@ -246,7 +219,21 @@ def open_checkpoint(folder: RunFolder, found: Survey, recipe: Recipe) -> Checkpo
             f"{folder.root} was begun with other images: the names, sizes or contents under --data "
             "have changed since. Give the same images, or another --output"
         )
+    before = (folder.read_report() or {}).get("processes", ranks.size)
+    if before != ranks.size:
+        say(
+            f"begun with {before} processes, going on with {ranks.size}: the same batches and "
+            "views; the figures agree to rounding where distributed.sync_batchnorm=true"
+        )
     return checkpoint
+
+
+def decoders(asked: int | Literal["auto"], ranks: Ranks) -> int | Literal["auto"]:
+    """Decoding processes of this rank; `auto` shares the cores among the ranks of a host."""
+    if asked != "auto" or ranks.size == 1:
+        return asked
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MAX_WORKERS, cores // ranks.launch.local_size))
 
 
 def build(recipe: Recipe, num_images: int, device: torch.device) -> TrainingState:

@@ -268,7 +268,7 @@ def test_request__that_cannot_be_carried_out(
         assert told in error
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--data", "digits", "--output", output]) == 2
-    assert "more than one is not there yet" in capsys.readouterr().err
+    assert "start them with torchrun, or unset WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_resume__before_the_first_checkpoint_begins_anew(

@@ -1,0 +1,350 @@
+"""The processes of one run: who this one is, what it takes of a batch, what is joined and agreed.
+
+In: the environment that torchrun sets, or nothing. Out: `Ranks`, the only room that talks to other
+processes (batch normalisation apart, trainer/batch_norm.py). With one process it does nothing at
+all: no group is opened and every joined thing is what the process has itself.
+"""
+
+import inspect
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.batch_norm import joint_batch_norm
+
+# What the ranks may wait for each other outside of the training steps: one of them may still be
+# reading images, measure accuracy or write a checkpoint. 30 minutes is torch's own for gloo.
+HOST_TIMEOUT = timedelta(minutes=30)
+DIGEST_BLOCK = 2**22  # numbers of a tensor that are hashed at a time: 32 MB as int64
+
+Result = TypeVar("Result")
+
+
+class RankError(Exception):
+    """Processes that cannot be one run; the message says what to change."""
+
+
+class FirstRankFailed(Exception):
+    """Rank 0 could not do its part and has said why."""
+
+
+class Launch(NamedTuple):
+    """This process among those of the run, as torchrun started it."""
+
+    rank: int  # 0..size - 1
+    size: int
+    local_rank: int  # on this host
+    local_size: int
+    restarts: int  # how often torchrun began anew
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """Read what torchrun says in the environment; without torchrun it is one process.
+
+    Raises:
+        RankError: it says only half of it.
+    """
+    size = environment.get("WORLD_SIZE", "1")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if size == "1":
+        return Launch(0, 1, int(environment.get("LOCAL_RANK", "0")), 1, restarts)
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise RankError(
+            f"WORLD_SIZE={size} says that this is one of {size} processes, but {', '.join(missing)}"
+            " is not set: start them with torchrun, or unset WORLD_SIZE"
+        )
+    rank, count, local_rank, local_size = (int(environment[name]) for name in names)
+    return Launch(rank, count, local_rank, local_size, restarts)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them."""
+
+    launch: Launch
+    group: dist.ProcessGroup | None = None  # of the training steps; None before it is opened
+
+    @property
+    def rank(self) -> int:
+        """Which of them this process is."""
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.launch.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone speaks and writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """The part of `count` things that is this rank's; the parts are in the ranks' order."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gathered(self, value: Result) -> list[Result]:
+        """The values of all ranks in their order, on every rank; pickled, so for small things."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, function: Callable[[], Result]) -> Result:
+        """Call `function` on rank 0 alone and give its result to all.
+
+        Raises:
+            FirstRankFailed: on the others, when it raised on rank 0.
+        """
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, False]
+        try:
+            if self.is_first:
+                answer = [function(), True]
+        finally:
+            dist.broadcast_object_list(answer, src=0)
+        if not answer[1]:
+            raise FirstRankFailed
+        result: Result = answer[0]
+        return result
+
+    def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
+        """Compare `facts` with those of the other ranks.
+
+        Raises:
+            RankError: on rank 0, naming what differs, where, and the `remedy`.
+            FirstRankFailed: on the others, when it raised on rank 0.
+        """
+        everywhere = self.gathered(dict(facts))
+        differing = []
+        for name in sorted({name for each in everywhere for name in each}):
+            holders: dict[str, list[int]] = {}
+            for rank, each in enumerate(everywhere):
+                holders.setdefault(json.dumps(each.get(name)), []).append(rank)
+            if len(holders) > 1:
+                differing.append(
+                    f"{name} is "
+                    + ", ".join(f"{value} on {_named(who)}" for value, who in holders.items())
+                )
+        if differing and not self.is_first:
+            raise FirstRankFailed
+        if differing:
+            raise RankError(f"the processes differ: {'; '.join(differing)}. {remedy}")
+
+    def joined(self, *parts: Tensor) -> list[Tensor]:
+        """Join tensors along the first dimension in the order of the ranks, in one exchange.
+
+        Args:
+            parts: of the same shapes and dtypes on every rank and all on one device.
+
+        Returns:
+            for each (b, ...) the (size * b, ...) of all ranks, bit for bit, without gradient.
+        """
+        parts = tuple(part.detach() for part in parts)
+        if self.size == 1:
+            return list(parts)
+        # As bytes: ids and numbers of any type travel together and none is rounded.
+        words = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
+        message = torch.cat(words)
+        received = [torch.empty_like(message) for _ in range(self.size)]
+        dist.all_gather(received, message, group=self.group)
+        columns = torch.split(torch.stack(received), [len(word) for word in words], dim=1)
+        return [
+            column.contiguous().view(-1).view(part.dtype).view(-1, *part.shape[1:])
+            for part, column in zip(parts, columns, strict=True)
+        ]
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors in place with those of rank 0."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            dense = tensor.detach().contiguous()  # channels_last weights are not
+            dist.broadcast(dense, src=0, group=self.group)
+            with torch.no_grad():
+                tensor.copy_(dense)
+
+    def copy_optimiser_from_first(self, optimiser: torch.optim.Optimizer) -> None:
+        """Give rank 0's state of the optimiser to all."""
+        if self.size == 1:
+            return
+        content = io.BytesIO()
+        torch.save(optimiser.state_dict(), content)
+        received = io.BytesIO(self.from_first(content.getvalue))
+        optimiser.load_state_dict(torch.load(received, map_location="cpu", weights_only=True))
+
+    @contextmanager
+    def network(self, encoder: nn.Module, *, sync_batchnorm: bool) -> Iterator[nn.Module]:
+        """Yield what to call in training, whose gradients are means over the ranks.
+
+        The encoder itself stays the one to save and to export.
+        """
+        if self.size == 1:
+            yield encoder
+            return
+        assert self.group is not None  # opened before training
+        wrapped = _wrap if not sync_batchnorm else _wrap_joint
+        with wrapped(encoder, self.group) as network:
+            yield network
+
+    def open_training(self, device: torch.device, timeout_s: float) -> "Ranks":
+        """Open the group of the training steps: NCCL on a GPU, else gloo.
+
+        Args:
+            timeout_s: what a rank waits for the others within a step before it gives up.
+        """
+        if self.size == 1:
+            return self
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
+        assert not isinstance(group, int)  # torch's sign for a process that is not in the group
+        return Ranks(self.launch, group)
+
+    def close(self) -> None:
+        """Part from the others, in order; after an error there is nobody to wait for."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks(Launch(rank=0, size=1, local_rank=0, local_size=1, restarts=0))
+
+
+def open_ranks(launch: Launch) -> Ranks:
+    """Meet the other processes; with one process nothing is opened.
+
+    Small things are exchanged on the host through gloo, whatever device trains.
+    """
+    if launch.size > 1:
+        dist.init_process_group(
+            "gloo", rank=launch.rank, world_size=launch.size, timeout=HOST_TIMEOUT
+        )
+    return Ranks(launch)
+
+
+def rank_device(asked: str, ranks: Ranks) -> torch.device:
+    """The device of this process; with several on a host each has a GPU of its own.
+
+    Args:
+        asked: cpu or cuda.
+
+    Raises:
+        RankError: fewer GPUs on this host than processes.
+    """
+    if asked != "cuda" or ranks.size == 1:
+        return torch.device(asked)
+    there = torch.cuda.device_count()
+    if ranks.launch.local_size > there:
+        raise RankError(
+            f"{ranks.launch.local_size} processes on this host, but it has {there} GPUs: start "
+            f"torchrun with --nproc-per-node={there}, or give device=cpu"
+        )
+    device = torch.device("cuda", ranks.launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_divides(batch_size: int, size: int, *, sync_batchnorm: bool) -> None:
+    """Make sure that a batch can be shared equally.
+
+    Raises:
+        RankError: it cannot, naming numbers that would do.
+    """
+    if batch_size % size:
+        sizes = [n for n in range(1, min(batch_size, 2 * size) + 1) if batch_size % n == 0]
+        below = batch_size // size * size
+        batches = [str(batch) for batch in (below, below + size) if batch >= 2]
+        raise RankError(
+            f"batch_size={batch_size} cannot be shared equally by {size} processes: start "
+            f"{_either(list(map(str, sizes)))} of them, or give batch_size={' or '.join(batches)}"
+        )
+    if batch_size == size > 1 and not sync_batchnorm:
+        raise RankError(
+            f"batch_size={batch_size} leaves one image to each of {size} processes, which batch "
+            "normalisation cannot work with: give distributed.sync_batchnorm=true, or "
+            f"batch_size={2 * size}"
+        )
+
+
+def code_digest() -> str:
+    """sha256 over the sources of this package."""
+    root = Path(__file__).parent
+    digest = sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def digest(tensors: Sequence[Tensor]) -> Tensor:
+    """A fingerprint of float32 and int64 tensors, 0-d int64, computed where they lie.
+
+    The sum of all bits, weighted by place, in integers that wrap: exact in any order of summation,
+    and one differing bit changes it (the weights are odd). No protection against malice.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(-1).view(torch.int32)
+        for first in range(0, len(bits), DIGEST_BLOCK):
+            block = bits[first : first + DIGEST_BLOCK].long()
+            weights = 2 * torch.arange(first, first + len(block), device=bits.device) + 1
+            total = total * 31 + (block * weights).sum()  # 31: blocks and tensors have an order
+    return total
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """What to say of an error of torch that is about another process; None for all others."""
+    # gloo raises bare RuntimeErrors that name its source files.
+    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        first = str(error).splitlines()[0]
+        return (
+            "another process of this run died or does not answer, see what it said. The last "
+            f"checkpoint stays: go on with --resume. (torch: {first})"
+        )
+    return None
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: threads that wait for a lost one would hold it up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def _wrap(encoder: nn.Module, group: dist.ProcessGroup) -> Iterator[nn.Module]:
+    # Buffers are not copied in each step: they are equal with synchronised normalisation, and
+    # without it training never reads them. torch 2.14 renamed the word for it.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    words: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    yield DistributedDataParallel(encoder, process_group=group, **words)
+
+
+@contextmanager
+def _wrap_joint(encoder: nn.Module, group: dist.ProcessGroup) -> Iterator[nn.Module]:
+    with joint_batch_norm(encoder, group), _wrap(encoder, group) as network:
+        yield network
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _either(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
