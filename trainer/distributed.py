@@ -8,19 +8,21 @@ all: no group is opened and every joined thing is what the process has itself.
 import inspect
 import io
 import json
-import os
-import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch_norm import joint_batch_norm
@@ -28,6 +30,7 @@ from trainer.batch_norm import joint_batch_norm
 # What the ranks may wait for each other outside of the training steps: one of them may still be
 # reading images, measure accuracy or write a checkpoint. 30 minutes is torch's own for gloo.
 HOST_TIMEOUT = timedelta(minutes=30)
+LOOKS_AGAIN_S = 0.05  # for rank 0, at the start
 DIGEST_BLOCK = 2**22  # numbers of a tensor that are hashed at a time: 32 MB as int64
 
 Result = TypeVar("Result")
@@ -233,7 +236,11 @@ def open_ranks(launch: Launch) -> Ranks:
     """
     if launch.size > 1:
         dist.init_process_group(
-            "gloo", rank=launch.rank, world_size=launch.size, timeout=HOST_TIMEOUT
+            "gloo",
+            store=_meeting_place(launch),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=HOST_TIMEOUT,
         )
     return Ranks(launch)
 
@@ -320,11 +327,31 @@ def lost_rank(error: RuntimeError) -> str | None:
     return None
 
 
-def leave(code: int) -> NoReturn:
-    """End this process at once: threads that wait for a lost one would hold it up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _meeting_place(launch: Launch) -> Store:
+    """A part of torchrun's store in which nothing stands from an attempt before this one.
+
+    torchrun keeps one store over all restarts (torch 2.14), with the addresses of killed processes
+    in it, and hosts need not agree on the number of restarts. So rank 0 opens a numbered part and
+    waits for a token of each other rank there; a rank that does not find its token among those met
+    has come to the part of an earlier attempt and looks again.
+    """
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=HOST_TIMEOUT))
+    if launch.rank == 0:
+        part = str(store.add("parts", 1))
+        store.set("newest part", part)
+        tokens = [store.get(f"{part}/token/{rank}").decode() for rank in range(1, launch.size)]
+        store.set(f"{part}/met", " ".join(tokens))
+        return PrefixStore(part, store)
+    token = uuid.uuid4().hex
+    gives_up = time.monotonic() + HOST_TIMEOUT.total_seconds()
+    while time.monotonic() < gives_up:
+        part = store.get("newest part").decode()
+        store.set(f"{part}/token/{launch.rank}", token)
+        met = f"{part}/met"
+        if store.check([met]) and token in store.get(met).decode():
+            return PrefixStore(part, store)
+        time.sleep(LOOKS_AGAIN_S)
+    raise RankError(f"rank 0 did not come within {HOST_TIMEOUT}: see what it said")
 
 
 @contextmanager

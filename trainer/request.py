@@ -48,10 +48,12 @@ def agree_on_request(
             no run to resume or one of another recipe.
         RankError: the ranks were started differently, or cannot share a batch equally.
     """
+    # Of several hosts only the one where a process failed counts a restart.
+    restarts = max(ranks.gathered(ranks.launch.restarts))
     default = "digits" if data == DIGITS else "folder"
 
     def look() -> Request:
-        goes_on = resume or (ranks.launch.restarts > 0 and folder.holds_run())
+        goes_on = resume or (restarts > 0 and folder.holds_run())
         if goes_on:
             recipe = _resolve_begun(folder, name, overrides)
         else:

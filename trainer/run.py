@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.config import RecipeError, recipe_names
 from trainer.datasets import DIGITS, DataError
@@ -35,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.distributed import (
         FirstRankFailed,
         RankError,
-        leave,
         lost_rank,
         open_ranks,
         read_launch,
@@ -94,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lost = lost_rank(error)
         if lost is None:
             raise
-        _fail(lost, FAILED, prefix)
-        leave(FAILED)
+        return _fail(lost, FAILED, prefix)
     return SUCCEEDED
 
 
@@ -138,5 +137,17 @@ def _fail(message: str, code: int, prefix: str = "") -> int:
     return code
 
 
+def _exit(code: int) -> NoReturn:
+    """End this process; after an error under torchrun at once.
+
+    The threads that talk to the other processes would wait for the lost one, or end in an abort.
+    """
+    if code != SUCCEEDED and "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

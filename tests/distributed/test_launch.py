@@ -1,0 +1,177 @@
+"""The command under torchrun: one run of two processes, stopped, killed, resumed, refused.
+
+Run: pytest tests/distributed/test_launch.py
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from trainer.checkpoint import checkpoints
+from trainer.representation.bundle import open_bundle
+
+TINY = (
+    "batch_size=8",
+    "device=cpu",
+    "encoder.image_size_px=8",
+    "encoder.dim=8",
+    "bank.num_neighbours=2",
+    "loss.num_background=16",
+    "loss.steps=2",
+    "loss.num_positives=4",
+    "loss.warmup_epochs=1",
+    "monitor.every_epochs=1000",
+    "distributed.timeout_s=20",
+)
+GRACE_S = 30
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    path = tmp_path / "images.npz"
+    draw = np.random.default_rng(0)
+    np.savez(
+        path,
+        images=draw.integers(0, 256, (40, 10, 10, 3)).astype(np.uint8),
+        labels=np.arange(40) % 2,
+    )
+    return path
+
+
+def _torchrun(*options: str) -> list[str]:
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    return ["-m", "torch.distributed.run", "--nproc-per-node=2", *meeting, *options]
+
+
+def _words(images: Path, output: Path, *more: str) -> list[str]:
+    return ["-m", "trainer.run", "digits", "--data", str(images), "--output", str(output), *more]
+
+
+def _until(process: Any, words: str) -> str:
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if words in line:
+            return "".join(said)
+    pytest.fail(f"{words!r} was never said: {''.join(said)}")
+
+
+def _ranks(launcher: Any) -> list[psutil.Process]:
+    """The processes that train, in the order of their ranks."""
+    found = psutil.Process(launcher.pid).children()
+    return sorted(
+        (each for each in found if "trainer.run" in each.cmdline()),
+        key=lambda each: int(each.environ()["RANK"]),
+    )
+
+
+def _state(output: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoints(output / "checkpoints")[0]
+    return {
+        f"{path.stem}.{name}": tensor
+        for path in sorted(newest.glob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+
+
+def _figures(output: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+
+
+def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(
+    images: Path, tmp_path: Path, start: Start
+) -> None:
+    words = [*TINY, "epochs=24", "checkpoint.every_epochs=2"]
+    whole = start([*_torchrun(), *_words(images, tmp_path / "whole", *words)])
+    said, _ = whole.communicate(timeout=60)
+    assert whole.returncode == 0, said
+    assert said.count("epoch 1/24") == 1  # rank 0 alone speaks
+    assert "2 processes" in said
+    assert open_bundle(tmp_path / "whole" / "bundle").gallery().ids
+
+    killed = start([*_torchrun("--max-restarts=1"), *_words(images, tmp_path / "cut", *words)])
+    _until(killed, "epoch 3/24")
+    _ranks(killed)[1].kill()
+    said, _ = killed.communicate(timeout=60)
+    assert killed.returncode == 0, said
+    assert "going on from epoch-" in said
+    one, other = _state(tmp_path / "whole"), _state(tmp_path / "cut")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")
+
+
+def test_killed_rank__without_restarts_ends_the_job(
+    images: Path, tmp_path: Path, start: Start
+) -> None:
+    process = start([*_torchrun(), *_words(images, tmp_path / "run", *TINY, "epochs=100000")])
+    _until(process, "epoch 2/")
+    _ranks(process)[0].kill()
+    began = time.monotonic()
+    process.communicate(timeout=GRACE_S)
+    assert process.returncode != 0
+    assert time.monotonic() - began < GRACE_S
+
+
+@pytest.mark.parametrize("whom", ["launcher", "rank 1"])
+def test_signal__stops_all_ranks_at_the_same_step(
+    images: Path, tmp_path: Path, start: Start, whom: str
+) -> None:
+    words = [*TINY, "epochs=100000", "checkpoint.every_epochs=100000"]
+    process = start([*_torchrun(), *_words(images, tmp_path / "run", *words)])
+    _until(process, "epoch 3/")
+    ranks = _ranks(process)
+    asked = psutil.Process(process.pid) if whom == "launcher" else ranks[1]
+    asked.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=GRACE_S)
+    assert process.returncode != 0
+    assert "stopped; the state is in" in said
+    assert "another process of this run died" not in said
+    assert "terminate called" not in said
+    assert said.count("Go on with --resume") == 1
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    state = json.loads((saved / "state.json").read_text())
+    assert state["running"]["steps"] == state["position"][1]
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+def _pair(
+    start: Start, port: int, first: Sequence[str], second: Sequence[str]
+) -> list[tuple[int, str]]:
+    """Two ranks started by hand: exit codes and what they said."""
+    started = [
+        start(words, rank=rank, size=2, port=port) for rank, words in enumerate((first, second))
+    ]
+    return [(each.wait(60), each.stdout.read()) for each in started]
+
+
+def test_ranks__that_were_started_differently_are_refused(
+    images: Path, tmp_path: Path, start: Start, free_port: Callable[[], int]
+) -> None:
+    other = tmp_path / "other.npz"
+    np.savez(other, images=np.zeros((40, 10, 10, 3), np.uint8), labels=np.arange(40) % 2)
+    output = tmp_path / "run"
+    for data, more, told in (
+        (images, ["optim.lr=0.5"], "optim.lr is 0.03 on rank 0, 0.5 on rank 1. Start all of them"),
+        (other, [], "the fingerprint of the images is"),
+    ):
+        (first, said), (second, silent) = _pair(
+            start, free_port(), _words(images, output, *TINY), _words(data, output, *TINY, *more)
+        )
+        assert first == 2, said
+        assert f"error: the processes differ: {told}" in said
+        assert second == 1
+        assert "rror" not in silent
+        assert not (output / "recipe.yaml").exists()
