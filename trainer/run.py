@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import RecipeError, recipe_names
-from trainer.datasets import DIGITS, DataError
+from trainer.datasets import SOURCES, DataError
 from trainer.representation.artifact import ArtifactError
 
 SUCCEEDED, FAILED, WRONG_USE = 0, 1, 2
@@ -115,7 +115,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data",
         required=True,
         metavar="SOURCE",
-        help=f"a folder of images, a packed .npz, or {DIGITS!r} (built in)",
+        help=SOURCES,
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="the folder of this run"
