@@ -35,7 +35,9 @@ class Views(NamedTuple):
     """What happens to each of B images; the colour changes of an image left alone are neutral."""
 
     boxes: Tensor  # (B, 4) float64: left, top, width, height of the crop in pixels
-    flipped: Tensor  # (B,) bool
+    flipped: Tensor  # (B,) bool, left and right
+    upended: Tensor  # (B,) bool, mirrored top and bottom
+    transposed: Tensor  # (B,) bool, rows and columns exchanged after that: makes quarter turns
     order: tuple[int, ...]  # order of brightness, contrast, saturation, hue in this batch
     jittered: Tensor  # (B,) bool
     factors: Tensor  # (B, 4): brightness, contrast, saturation factors and turn of the hue
@@ -84,15 +86,27 @@ def draw_views(config: AugmentConfig, sizes: Tensor, generator: torch.Generator)
     )
     spread = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    return Views(
+    views = Views(
         boxes=boxes,
         flipped=chance(config.flip),
+        upended=torch.zeros(count, dtype=torch.bool),
+        transposed=torch.zeros(count, dtype=torch.bool),
         order=tuple(torch.randperm(4, generator=generator).tolist()),
         jittered=chance(config.jitter),
         factors=neutral + spread * uniform(-1, 1, count, 4).float(),
         grayed=chance(config.gray),
         blurred=chance(config.blur),
         sigmas_px=uniform(config.blur_sigma_min_px, config.blur_sigma_max_px, count).float(),
+    )
+    # Drawn last: what was drawn before these came to be is drawn as ever.
+    upended = chance(config.vertical_flip)
+    turned = chance(config.quarter_turns)
+    quarters = torch.randint(4, (count,), generator=generator) * turned
+    # A turn to the left by one quarter mirrors left and right, then exchanges rows and columns.
+    return views._replace(
+        flipped=views.flipped ^ (quarters == 1) ^ (quarters == 2),
+        upended=upended ^ (quarters >= 2),
+        transposed=quarters % 2 == 1,
     )
 
 
@@ -131,9 +145,17 @@ def apply_views(images: Collated, views: Views, *, size_px: int) -> Tensor:
     device = images.pixels.device
     pixels = images.pixels.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
     crops = crop_and_resize(
-        pixels, images.sizes.to(device), views.boxes.to(device), views.flipped.to(device), size_px
+        pixels,
+        images.sizes.to(device),
+        views.boxes.to(device),
+        views.flipped.to(device),
+        views.upended.to(device),
+        size_px,
     )
     # The draws lie on the CPU, so choosing images by them does not wait for the device.
+    rows = views.transposed.nonzero()[:, 0].to(device)
+    if len(rows):
+        crops[rows] = crops[rows].transpose(2, 3)
     rows = views.jittered.nonzero()[:, 0].to(device)
     if len(rows):
         crops[rows] = jitter(crops[rows], views.factors[views.jittered].to(device), views.order)
@@ -147,7 +169,7 @@ def apply_views(images: Collated, views: Views, *, size_px: int) -> Tensor:
 
 
 def crop_and_resize(
-    pixels: Tensor, sizes: Tensor, boxes: Tensor, flipped: Tensor, size_px: int
+    pixels: Tensor, sizes: Tensor, boxes: Tensor, flipped: Tensor, upended: Tensor, size_px: int
 ) -> Tensor:
     """Cut a box from each image and resize it, bilinear, area-averaging when shrinking.
 
@@ -155,7 +177,7 @@ def crop_and_resize(
 
     Args:
         pixels: (B, C, H, W); sizes: (B, 2) how much of it is image; boxes: (B, 4).
-        flipped: (B,) bool, mirror left and right.
+        flipped, upended: (B,) bool, mirror left and right, top and bottom.
 
     Returns:
         (B, C, S, S).
@@ -163,6 +185,7 @@ def crop_and_resize(
     left, top, width, height = boxes.unbind(1)
     rows = resize_weights(top, height, sizes[:, 0], pixels.shape[2], size_px)  # (B, S, H)
     columns = resize_weights(left, width, sizes[:, 1], pixels.shape[3], size_px)  # (B, S, W)
+    rows = torch.where(upended[:, None, None], rows.flip(1), rows)
     columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
     return torch.einsum("bsh,bchw,btw->bcst", rows, pixels, columns)
 

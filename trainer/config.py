@@ -54,7 +54,9 @@ class AugmentConfig(Section):
     crop_scale_min: Annotated[float, Field(gt=0, le=1)]  # least share of the area that is kept
     crop_scale_max: Annotated[float, Field(gt=0, le=1)]
     crop_ratio_max: Annotated[float, Field(ge=1, le=4)]  # width / height in [1 / this, this]
-    flip: Fraction  # the probabilities of each
+    flip: Fraction  # the probabilities of each; left and right
+    vertical_flip: Fraction
+    quarter_turns: Fraction  # of a turn by 0, 1, 2 or 3 quarters, each as likely
     jitter: Fraction
     gray: Fraction
     blur: Fraction

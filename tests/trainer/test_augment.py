@@ -32,6 +32,9 @@ ROUNDING = 2e-5  # float32 against Pillow's own sums
 GREY_ROUNDING = 1.5e-4
 
 
+NOTHING = dict.fromkeys(("flip", "vertical_flip", "quarter_turns", "jitter", "gray", "blur"), 0.0)
+
+
 def _images(count: int = 4) -> list[np.ndarray]:
     draw = np.random.default_rng(0)
     return [draw.integers(0, 256, (20 + i, 30 - 3 * i, 3), dtype=np.uint8) for i in range(count)]
@@ -66,7 +69,8 @@ def test_crop__is_pillows_resize_of_a_box(size_px: int) -> None:
     )
     flipped = torch.tensor([False, True, False, True])
     pixels = block.pixels.permute(0, 3, 1, 2).float()
-    made = crop_and_resize(pixels, block.sizes, boxes, flipped, size_px).numpy()
+    upended = torch.tensor([False, False, True, True])
+    made = crop_and_resize(pixels, block.sizes, boxes, flipped, upended, size_px).numpy()
     for i, image in enumerate(images):
         left, top, width, height = boxes[i].tolist()
         for channel in range(3):
@@ -77,6 +81,8 @@ def test_crop__is_pillows_resize_of_a_box(size_px: int) -> None:
             )
             if flipped[i]:
                 wanted = wanted[:, ::-1]
+            if upended[i]:
+                wanted = wanted[::-1]
             assert np.abs(made[i, channel] - wanted).max() < 255 * ROUNDING
 
 
@@ -178,8 +184,7 @@ def test_blur__wider_than_the_image() -> None:
 
 
 def test_views__leave_alone_what_has_probability_zero() -> None:
-    off = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0}
-    config = _config(**off, crop_scale_min=1.0, crop_ratio_max=1.0)
+    config = _config(**NOTHING, crop_scale_min=1.0, crop_ratio_max=1.0)
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     block = collate([image, image])
     views = draw_views(config, block.sizes, torch.Generator().manual_seed(0))
@@ -190,12 +195,13 @@ def test_views__leave_alone_what_has_probability_zero() -> None:
 
 def test_views__do_everything_that_is_drawn() -> None:
     block = collate(_images())
-    plain = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0}
-    for name in plain:
-        kept = _views(block, _config(**plain))
-        done = _views(block, _config(**(plain | {name: 1.0})))
-        assert (kept - done).abs().amax(dim=(1, 2, 3)).min() > 0.01, name
-    grey = _views(block, _config(**(plain | {"gray": 1.0})))
+    for name in NOTHING:
+        kept = _views(block, _config(**NOTHING))
+        done = _views(block, _config(**(NOTHING | {name: 1.0})))
+        changed = (kept - done).abs().amax(dim=(1, 2, 3)) > 0.01
+        # One turn in four is by no quarter.
+        assert changed.any() if name == "quarter_turns" else changed.all(), name
+    grey = _views(block, _config(**(NOTHING | {"gray": 1.0})))
     assert (grey[:, 0] == grey[:, 1]).all()
 
 
@@ -221,6 +227,44 @@ def test_views__same_generator_same_views_and_independent_images() -> None:
     assert (first - _views(block, _config(), seed=1)).abs().max() > 0.1
     distances = (first[:, None] - first[None]).abs().amax(dim=(2, 3, 4))
     assert (distances + torch.eye(8) > 0.01).all()
+
+
+def test_views__turn_and_mirror_a_square_in_all_eight_ways_alike_often() -> None:
+    config = _config(**(NOTHING | {"flip": 0.5, "quarter_turns": 1.0}), crop_scale_min=1.0)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    block = collate([image] * 800)
+    views = draw_views(config, block.sizes, torch.Generator().manual_seed(0))
+    whole = torch.tensor([[0.0, 0.0, 8.0, 8.0]]).double().repeat(800, 1)
+    made = apply_views(views=views._replace(boxes=whole), images=block, size_px=8)
+    upright = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    turned = [torch.rot90(upright, k, (1, 2)) for k in range(4)]
+    eight = torch.stack([*turned, *(each.transpose(1, 2) for each in turned)])
+    found = ((made[:, None] - eight).abs().amax(dim=(2, 3, 4)) < 1e-6).long()  # (800, 8)
+    assert (found.sum(dim=1) == 1).all()
+    assert found.sum(dim=0).tolist() == pytest.approx([100] * 8, abs=30)
+
+
+@pytest.mark.parametrize(("quarters", "flags"), [(1, "yny"), (2, "yyn"), (3, "nyy")])
+def test_views__of_a_quarter_turn_are_a_mirror_and_a_transposition(
+    quarters: int, flags: str
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    block = collate([image])
+    views = draw_views(_config(**NOTHING), block.sizes, torch.Generator().manual_seed(0))
+    flipped, upended, transposed = (torch.tensor([flag == "y"]) for flag in flags)
+    views = views._replace(flipped=flipped, upended=upended, transposed=transposed)
+    views = views._replace(boxes=torch.tensor([[0.0, 0.0, 8.0, 8.0]]).double())
+    made = apply_views(block, views, size_px=8)[0].permute(1, 2, 0).numpy()
+    assert np.abs(made - np.rot90(image, quarters) / 255).max() < 1e-6
+
+
+def test_views__of_a_seed_are_those_of_earlier_versions() -> None:
+    views = draw_views(_config(), torch.full((2, 2), 20), torch.Generator().manual_seed(0))
+    assert views.order == (3, 2, 1, 0)
+    assert views.boxes[0].tolist() == pytest.approx([0.4299, 0.1393, 18.4204, 16.6393], abs=1e-4)
+    assert views.factors[1].tolist() == pytest.approx([1.3946, 1.3425, 1.3317, 0.0201], abs=1e-4)
+    assert views.sigmas_px.tolist() == pytest.approx([1.2911, 0.4429], abs=1e-4)
+    assert views.flipped.tolist() == views.grayed.tolist() == [False, True]
 
 
 def _views(block: Collated, config: AugmentConfig, seed: int = 0) -> Tensor:
