@@ -1,78 +1,36 @@
-"""The processes of one run: who this one is, what it takes of a batch, what is joined and agreed.
+"""The processes of one run: what each takes of a batch, what is joined and agreed.
 
-In: the environment that torchrun sets, or nothing. Out: `Ranks`, the only room that talks to other
-processes (batch normalisation apart, trainer/batch_norm.py). With one process it does nothing at
-all: no group is opened and every joined thing is what the process has itself.
+In: how this process was launched. Out: `Ranks`, the only room that talks to other processes (batch
+normalisation apart, trainer/batch_norm.py). With one process it does nothing at all: no group is
+opened and every joined thing is what the process has itself.
 """
 
 import inspect
 import io
 import json
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch_norm import joint_batch_norm
+from trainer.launch import Launch, RankError, meeting_place
 
 # What the ranks may wait for each other outside of the training steps: one of them may still be
 # reading images, measure accuracy or write a checkpoint. 30 minutes is torch's own for gloo.
 HOST_TIMEOUT = timedelta(minutes=30)
-LOOKS_AGAIN_S = 0.05  # for rank 0, at the start
-DIGEST_BLOCK = 2**22  # numbers of a tensor that are hashed at a time: 32 MB as int64
 
 Result = TypeVar("Result")
 
 
-class RankError(Exception):
-    """Processes that cannot be one run; the message says what to change."""
-
-
 class FirstRankFailed(Exception):
     """Rank 0 could not do its part and has said why."""
-
-
-class Launch(NamedTuple):
-    """This process among those of the run, as torchrun started it."""
-
-    rank: int  # 0..size - 1
-    size: int
-    local_rank: int  # on this host
-    local_size: int
-    restarts: int  # how often torchrun began anew
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Read what torchrun says in the environment; without torchrun it is one process.
-
-    Raises:
-        RankError: it says only half of it.
-    """
-    size = environment.get("WORLD_SIZE", "1")
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if size == "1":
-        return Launch(0, 1, int(environment.get("LOCAL_RANK", "0")), 1, restarts)
-    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise RankError(
-            f"WORLD_SIZE={size} says that this is one of {size} processes, but {', '.join(missing)}"
-            " is not set: start them with torchrun, or unset WORLD_SIZE"
-        )
-    rank, count, local_rank, local_size = (int(environment[name]) for name in names)
-    return Launch(rank, count, local_rank, local_size, restarts)
 
 
 @dataclass(frozen=True)
@@ -237,82 +195,12 @@ def open_ranks(launch: Launch) -> Ranks:
     if launch.size > 1:
         dist.init_process_group(
             "gloo",
-            store=_meeting_place(launch),
+            store=meeting_place(launch, HOST_TIMEOUT),
             rank=launch.rank,
             world_size=launch.size,
             timeout=HOST_TIMEOUT,
         )
     return Ranks(launch)
-
-
-def rank_device(asked: str, ranks: Ranks) -> torch.device:
-    """The device of this process; with several on a host each has a GPU of its own.
-
-    Args:
-        asked: cpu or cuda.
-
-    Raises:
-        RankError: fewer GPUs on this host than processes.
-    """
-    if asked != "cuda" or ranks.size == 1:
-        return torch.device(asked)
-    there = torch.cuda.device_count()
-    if ranks.launch.local_size > there:
-        raise RankError(
-            f"{ranks.launch.local_size} processes on this host, but it has {there} GPUs: start "
-            f"torchrun with --nproc-per-node={there}, or give device=cpu"
-        )
-    device = torch.device("cuda", ranks.launch.local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def check_divides(batch_size: int, size: int, *, sync_batchnorm: bool) -> None:
-    """Make sure that a batch can be shared equally.
-
-    Raises:
-        RankError: it cannot, naming numbers that would do.
-    """
-    if batch_size % size:
-        sizes = [n for n in range(1, min(batch_size, 2 * size) + 1) if batch_size % n == 0]
-        below = batch_size // size * size
-        batches = [str(batch) for batch in (below, below + size) if batch >= 2]
-        raise RankError(
-            f"batch_size={batch_size} cannot be shared equally by {size} processes: start "
-            f"{_either(list(map(str, sizes)))} of them, or give batch_size={' or '.join(batches)}"
-        )
-    if batch_size == size > 1 and not sync_batchnorm:
-        raise RankError(
-            f"batch_size={batch_size} leaves one image to each of {size} processes, which batch "
-            "normalisation cannot work with: give distributed.sync_batchnorm=true, or "
-            f"batch_size={2 * size}"
-        )
-
-
-def code_digest() -> str:
-    """sha256 over the sources of this package."""
-    root = Path(__file__).parent
-    digest = sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def digest(tensors: Sequence[Tensor]) -> Tensor:
-    """A fingerprint of float32 and int64 tensors, 0-d int64, computed where they lie.
-
-    The sum of all bits, weighted by place, in integers that wrap: exact in any order of summation,
-    and one differing bit changes it (the weights are odd). No protection against malice.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
-    for tensor in tensors:
-        bits = tensor.detach().contiguous().view(-1).view(torch.int32)
-        for first in range(0, len(bits), DIGEST_BLOCK):
-            block = bits[first : first + DIGEST_BLOCK].long()
-            weights = 2 * torch.arange(first, first + len(block), device=bits.device) + 1
-            total = total * 31 + (block * weights).sum()  # 31: blocks and tensors have an order
-    return total
 
 
 def lost_rank(error: RuntimeError) -> str | None:
@@ -325,33 +213,6 @@ def lost_rank(error: RuntimeError) -> str | None:
             f"checkpoint stays: go on with --resume. (torch: {first})"
         )
     return None
-
-
-def _meeting_place(launch: Launch) -> Store:
-    """A part of torchrun's store in which nothing stands from an attempt before this one.
-
-    torchrun keeps one store over all restarts (torch 2.14), with the addresses of killed processes
-    in it, and hosts need not agree on the number of restarts. So rank 0 opens a numbered part and
-    waits for a token of each other rank there; a rank that does not find its token among those met
-    has come to the part of an earlier attempt and looks again.
-    """
-    store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=HOST_TIMEOUT))
-    if launch.rank == 0:
-        part = str(store.add("parts", 1))
-        store.set("newest part", part)
-        tokens = [store.get(f"{part}/token/{rank}").decode() for rank in range(1, launch.size)]
-        store.set(f"{part}/met", " ".join(tokens))
-        return PrefixStore(part, store)
-    token = uuid.uuid4().hex
-    gives_up = time.monotonic() + HOST_TIMEOUT.total_seconds()
-    while time.monotonic() < gives_up:
-        part = store.get("newest part").decode()
-        store.set(f"{part}/token/{launch.rank}", token)
-        met = f"{part}/met"
-        if store.check([met]) and token in store.get(met).decode():
-            return PrefixStore(part, store)
-        time.sleep(LOOKS_AGAIN_S)
-    raise RankError(f"rank 0 did not come within {HOST_TIMEOUT}: see what it said")
 
 
 @contextmanager
@@ -371,7 +232,3 @@ def _wrap_joint(encoder: nn.Module, group: dist.ProcessGroup) -> Iterator[nn.Mod
 
 def _named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _either(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -20,7 +20,8 @@ from trainer.checkpoint import Progress as SavedProgress
 from trainer.checkpoint import TrainingState, checkpoints, save_checkpoint
 from trainer.config import Recipe
 from trainer.decoding import CropStock
-from trainer.distributed import ALONE, Ranks, digest
+from trainer.distributed import ALONE, Ranks
+from trainer.fingerprints import digest
 from trainer.interruption import Interrupted, StopRequest
 from trainer.monitor import KnnMonitor, is_collapsed, spread
 from trainer.objective import LossConfig, Objective, objective

@@ -11,7 +11,9 @@ import torch
 
 from trainer.config import Recipe, differing_keys, load_recipe
 from trainer.datasets import DIGITS
-from trainer.distributed import Ranks, check_divides, code_digest, rank_device
+from trainer.distributed import Ranks
+from trainer.fingerprints import code_digest
+from trainer.launch import check_divides, rank_device
 from trainer.progress import say
 from trainer.report import versions
 from trainer.representation.bundle import BundleError, open_bundle
@@ -102,7 +104,7 @@ def resolve_device(asked: str, ranks: Ranks) -> torch.device:
         )
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
-    return rank_device(asked, ranks)
+    return rank_device(asked, ranks.launch)
 
 
 def _resolve_begun(folder: RunFolder, name: str | None, overrides: Sequence[str]) -> Recipe:

@@ -33,15 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here: the decoding processes are spawned, import this file anew, and would each pay
     # seconds and hundreds of megabytes for torch.
     from trainer.checkpoint import CheckpointError
-    from trainer.distributed import (
-        FirstRankFailed,
-        RankError,
-        lost_rank,
-        open_ranks,
-        read_launch,
-    )
+    from trainer.distributed import FirstRankFailed, lost_rank, open_ranks
     from trainer.export import ExportError
     from trainer.interruption import Interrupted
+    from trainer.launch import RankError, read_launch
     from trainer.pretrain import TrainingFailed
     from trainer.progress import mute
     from trainer.request import UnavailableError

@@ -16,7 +16,8 @@ from trainer import pretrain as module
 from trainer.config import load_recipe
 from trainer.datasets import open_source
 from trainer.decoding import CropStock, DecodePool, survey
-from trainer.distributed import open_ranks, read_launch
+from trainer.distributed import open_ranks
+from trainer.launch import read_launch
 from trainer.objective import Objective
 from trainer.pretrain import Pretraining, pretrain
 from trainer.run_folder import Journal
