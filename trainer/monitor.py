@@ -111,8 +111,10 @@ def build_knn_monitor(
 def spread(embeddings: Tensor) -> Tensor:
     """Standard deviation, 0-d, of the similarities among the (B, D) embeddings of a batch."""
     rows = embeddings.detach().float()
-    others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    return (rows @ rows.T)[others].std(correction=0)
+    count = len(rows)
+    # All but the diagonal, without a mask: its entries stand count + 1 apart, the first one first.
+    others = (rows @ rows.T).flatten()[1:].view(count - 1, count + 1)[:, :-1]
+    return others.std(correction=0)
 
 
 def is_collapsed(

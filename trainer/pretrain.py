@@ -5,6 +5,7 @@ an exception that says why training stopped. Every rank runs it and all do the s
 written with the joined batch in its order, so that all banks stay equal.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.augment import Views, apply_views, collate, draw_views
 from trainer.checkpoint import Progress as SavedProgress
@@ -23,8 +24,7 @@ from trainer.decoding import CropStock
 from trainer.distributed import ALONE, Ranks
 from trainer.fingerprints import digest
 from trainer.interruption import Interrupted, StopRequest
-from trainer.monitor import KnnMonitor, is_collapsed, spread
-from trainer.objective import LossConfig, Objective, objective
+from trainer.monitor import KnnMonitor, is_collapsed
 from trainer.progress import Progress, say
 from trainer.run_folder import Journal, Metrics
 from trainer.schedule import (
@@ -35,9 +35,7 @@ from trainer.schedule import (
     steps_per_epoch,
     view_generator,
 )
-
-# Means over an epoch that are summed step by step.
-FIGURES = ("loss", "instance", "invariance", "reached", "hard_share", "spread")
+from trainer.step import FIGURES, StepFigures, TrainingStep, read_figures
 
 
 class TrainingFailed(Exception):
@@ -138,9 +136,10 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
     ):
         if not run.journal.lines:
             _measure_untrained(run)
+        step = TrainingStep(run.recipe, run.state, network, ranks, lambda: stop.signum or 0)
         with Progress("training", total, done=done) as progress:
             for epoch in range(position.epoch, run.recipe.epochs + 1):
-                _train_epoch(run, network, Position(epoch, position.step), sums, progress, stop)
+                _train_epoch(run, step, Position(epoch, position.step), sums, progress)
                 _check_equal(run, epoch)
                 _finish_epoch(run, epoch, sums)
                 # What one rank was asked while another still saved or measured.
@@ -152,33 +151,33 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
 
 def _train_epoch(
     run: Pretraining,
-    network: nn.Module,
+    train: TrainingStep,
     start: Position,
     sums: EpochSums,
     progress: Progress,
-    stop: StopRequest,
 ) -> None:
     recipe, epoch = run.recipe, start.epoch
-    rate = learning_rate(recipe.optim, epoch, recipe.epochs)
-    for group in run.state.optimiser.param_groups:
-        group["lr"] = rate
+    train.set_rate(learning_rate(recipe.optim, epoch, recipe.epochs))
+    weight = invariance_weight(recipe.loss.invariance_weight, epoch, recipe.loss.warmup_epochs)
     run.state.encoder.train()
     batches = epoch_batches(recipe.seed, epoch, len(run.stock), recipe.batch_size)[start.step :]
     began = time.monotonic()
     for step, (indices, pixels) in enumerate(_views(run, batches, start), start.step + 1):
-        figures, signum = _train_step(run, network, indices, pixels, Position(epoch, step), stop)
+        position = Position(epoch, step)
+        figures = read_figures(train(indices, pixels, weight=weight))
+        _check_finite(figures, position)
         now = time.monotonic()
-        sums.add(figures, now - began)
+        sums.add(figures.means, now - began)
         began = now
         speed = sums.steps * recipe.batch_size / sums.seconds
         progress.advance(
             recipe.batch_size,
             f"epoch {epoch}/{recipe.epochs}",
-            f"instance {figures['instance']:.3f}, invariance {figures['invariance']:.3f}, "
-            f"{speed:.0f} images/s",
+            f"instance {figures.means['instance']:.3f}, "
+            f"invariance {figures.means['invariance']:.3f}, {speed:.0f} images/s",
         )
-        if signum and step < run.steps:
-            _leave(run, Position(epoch, step), sums, signum)
+        if figures.signum and step < run.steps:
+            _leave(run, position, sums, figures.signum)
 
 
 def _views(
@@ -208,68 +207,16 @@ def _shared(views: Views, share: slice) -> Views:
     return views._replace(**own)
 
 
-def _train_step(
-    run: Pretraining,
-    network: nn.Module,
-    indices: Tensor,
-    pixels: Tensor,
-    position: Position,
-    stop: StopRequest,
-) -> tuple[dict[str, float], int]:
-    """Give the figures of the joined batch, and the signal that any rank got, 0 for none."""
-    recipe, state, ranks = run.recipe, run.state, run.ranks
-    bf16 = recipe.precision == "bf16"
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-        embeddings = network(pixels.to(memory_format=torch.channels_last)).embedding
-    own = indices[ranks.share(recipe.batch_size)]
-    found = objective(state.bank, own, embeddings, loss_config(recipe))
-    weight = invariance_weight(
-        recipe.loss.invariance_weight, position.epoch, recipe.loss.warmup_epochs
-    )
-    # Left out, not multiplied by 0: 0 times an infinite loss is no number.
-    loss = found.instance + weight * found.invariance if weight else found.instance
-    # One exchange carries all that the ranks need of each other, also whether one is to stop.
-    asked = torch.full((1,), stop.signum or 0, device=run.device)
-    joined, nearest, means, signals = ranks.joined(
-        embeddings, found.nearest, _means(found, loss)[None], asked
-    )
-    values = [*means.mean(dim=0), spread(joined).float(), signals.amax().float()]
-    *fetched, signum = torch.stack(values).tolist()  # from the device in one go
-    figures = dict(zip(FIGURES, fetched, strict=True))
-    if not np.isfinite(figures["loss"]):
+def _check_finite(figures: StepFigures, position: Position) -> None:
+    """Raise TrainingFailed where a step's loss is no finite number."""
+    means = figures.means
+    if not math.isfinite(means["loss"]):
         raise TrainingFailed(
-            f"the loss is {figures['loss']} (instance {figures['instance']}, invariance "
-            f"{figures['invariance']}) in epoch {position.epoch}, step {position.step}; nothing is "
+            f"the loss is {means['loss']} (instance {means['instance']}, invariance "
+            f"{means['invariance']}) in epoch {position.epoch}, step {position.step}; nothing is "
             "published, the last checkpoint stays. Lower optim.lr, raise loss.temperature or use "
             "precision=fp32, in a new run"
         )
-    state.optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    state.optimiser.step()
-    # After the step, with what was computed before it: the authors' order.
-    state.bank.update(indices, joined)
-    state.bank.refresh_neighbours(indices, nearest)
-    return figures, int(signum)
-
-
-def loss_config(recipe: Recipe) -> LossConfig:
-    """The recipe's part of the objective that one batch needs."""
-    chosen = recipe.loss.model_dump(exclude={"invariance_weight", "warmup_epochs"})
-    return LossConfig(**chosen)
-
-
-def _means(found: Objective, loss: Tensor) -> Tensor:
-    """(F,) float32: the step's figures but for the last, each a mean over the images."""
-    reached = (found.reached >= 0).sum(dim=1)  # (b,)
-    hard = (found.hard_positives >= 0).sum(dim=1)  # (b,)
-    values = (
-        loss.detach(),
-        found.instance.detach(),
-        found.invariance.detach(),
-        reached.float().mean(),
-        (hard / reached.clamp(min=1)).mean(),
-    )
-    return torch.stack([value.float() for value in values])
 
 
 def _check_equal(run: Pretraining, epoch: int) -> None:

@@ -8,11 +8,11 @@ Writes OUTPUT-RANK.pt: the losses of each step, bank and graph, weights, gradien
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from trainer import pretrain as module
+from trainer import pretrain as training
+from trainer import step as module
 from trainer.config import load_recipe
 from trainer.datasets import open_source
 from trainer.decoding import CropStock, DecodePool, survey
@@ -21,6 +21,7 @@ from trainer.launch import read_launch
 from trainer.objective import Objective
 from trainer.pretrain import Pretraining, pretrain
 from trainer.run_folder import Journal
+from trainer.schedule import Position
 from trainer.session import build
 
 
@@ -56,14 +57,13 @@ def main(images: str, output: str, *overrides: str) -> None:
         data_fingerprint="f00d",
         ranks=ranks,
     )
-    step = module._train_step
+    check = training._check_finite
 
-    def recording(*arguments: Any) -> tuple[dict[str, float], int]:
-        figures, signum = step(*arguments)
-        losses.append([figures["instance"], figures["invariance"]])
-        return figures, signum
+    def recording(figures: module.StepFigures, position: Position) -> None:
+        losses.append([figures.means["instance"], figures.means["invariance"]])
+        check(figures, position)
 
-    module._train_step = recording
+    training._check_finite = recording
     pretrain(run)
     torch.save(
         {

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from trainer import pretrain as module
+from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import open_source
@@ -80,7 +81,7 @@ def _figures(run: Pretraining) -> list[dict[str, Any]]:
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send this process SIGINT while the `step`-th step of the run is computed."""
-    real, calls = module.objective, []
+    real, calls = step_module.objective, []
 
     def counting(*arguments: Any) -> Objective:
         calls.append(1)
@@ -88,7 +89,7 @@ def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(module, "objective", counting)
+    monkeypatch.setattr(step_module, "objective", counting)
 
 
 def test_same_seed_same_run(run: Run) -> None:
@@ -150,7 +151,7 @@ def test_bank__is_updated_after_the_step_with_what_came_before_it(
         seen.append((indices, embeddings.detach().clone(), bank.embeddings.clone()))
         return found
 
-    monkeypatch.setattr(module, "objective", spying)
+    monkeypatch.setattr(step_module, "objective", spying)
     pretrain(made)
     (indices, embeddings, before), (_, _, after) = seen[:2]
     wanted = before.clone()
@@ -169,7 +170,7 @@ def test_invariance_loss__is_left_out_during_the_warm_up(
         found = objective(*arguments)
         return found._replace(invariance=found.invariance * torch.inf)
 
-    monkeypatch.setattr(module, "objective", infinite)
+    monkeypatch.setattr(step_module, "objective", infinite)
     made = run("warm", "loss.warmup_epochs=1")
     with pytest.raises(TrainingFailed, match=r"the loss is inf .* in epoch 2, step 1"):
         pretrain(made)
@@ -195,11 +196,14 @@ def test_loss__that_is_no_number_stops_and_leaves_the_last_checkpoint(
         found = objective(*arguments)
         return found._replace(instance=found.instance * torch.nan) if len(calls) == 8 else found
 
-    monkeypatch.setattr(module, "objective", poisoned)
+    monkeypatch.setattr(step_module, "objective", poisoned)
     made = run("nan")
     with pytest.raises(TrainingFailed, match=r"the loss is nan .* in epoch 2, step 3"):
         pretrain(made)
     assert [path.name for path in checkpoints(made.checkpoints)] == ["epoch-0001-step-000005"]
+    found = newest_checkpoint(made.checkpoints, warn=pytest.fail)
+    assert found is not None
+    found.restore(made.state)
     assert all(tensor.isfinite().all() for tensor in _tensors(made))
 
 
