@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from trainer.representation.neighbours import KnnGraph
 
+ROWS_AT_A_TIME = 2**16  # while the bank is drawn: 34 MB at D = 128
+
 
 class MemoryBank(nn.Module):
     """Running embeddings of N images and the directed kNN graph over them.
@@ -18,7 +20,7 @@ class MemoryBank(nn.Module):
     where the released code starts with 0, which makes image 0 everybody's positive.
     """
 
-    embeddings: Tensor  # (N, D) unit length, no gradient
+    embeddings: Tensor  # (N, D) unit length, no gradient; (len(held), D) of a shard
     neighbours: Tensor  # (N, K) int64, row i never holds i, -1 where not known
 
     def __init__(
@@ -29,6 +31,7 @@ class MemoryBank(nn.Module):
         momentum: float = 0.5,
         *,
         generator: torch.Generator | None = None,
+        held: range | None = None,
     ) -> None:
         """Make a bank of random rows.
 
@@ -38,6 +41,8 @@ class MemoryBank(nn.Module):
             num_neighbours: K >= 1.
             momentum: share of the old row kept by `update`, in [0, 1); 0.5 in the released code.
             generator: source of the random directions; torch's global one when None.
+            held: the rows that are here, see trainer/sharded_bank.py; all of them when None. A row
+                begins the same wherever it is held.
 
         Raises:
             ValueError: a number out of its range.
@@ -51,8 +56,9 @@ class MemoryBank(nn.Module):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.momentum = momentum
-        rows = torch.rand(num_images, dim, generator=generator) * 2 - 1
-        self.register_buffer("embeddings", nn.functional.normalize(rows, dim=1))
+        self.held = range(num_images) if held is None else held
+        rows = _random_rows(num_images, dim, generator, self.held)
+        self.register_buffer("embeddings", rows)
         self.register_buffer(
             "neighbours", torch.full((num_images, num_neighbours), -1, dtype=torch.int64)
         )
@@ -60,7 +66,7 @@ class MemoryBank(nn.Module):
     @property
     def num_images(self) -> int:
         """N."""
-        return self.embeddings.shape[0]
+        return self.neighbours.shape[0]
 
     @property
     def num_neighbours(self) -> int:
@@ -84,7 +90,7 @@ class MemoryBank(nn.Module):
         """
         fresh = embeddings.to(self.embeddings.dtype)
         mixed = self.momentum * self.embeddings[indices] + (1 - self.momentum) * fresh
-        self.embeddings[indices] = nn.functional.normalize(mixed, dim=1)[_last_of_each(indices)]
+        self.embeddings[indices] = nn.functional.normalize(mixed, dim=1)[last_of_each(indices)]
 
     @torch.no_grad()
     def refresh_neighbours(self, indices: Tensor, ids: Tensor) -> None:
@@ -104,10 +110,10 @@ class MemoryBank(nn.Module):
         own = indices[:, None]
         spare = ids[:, k:] if ids.shape[1] > k else torch.full_like(own, -1)  # (B, 1)
         rows = torch.where(ids[:, :k] == own, spare, ids[:, :k])
-        self.neighbours[indices] = rows[_last_of_each(indices)]
+        self.neighbours[indices] = rows[last_of_each(indices)]
 
 
-def _last_of_each(indices: Tensor) -> Tensor:
+def last_of_each(indices: Tensor) -> Tensor:
     """(B,) -> (B,) position of the last entry with the same index: repeated rows write one value.
 
     Writing equal values to one place is deterministic on every device; unequal ones are not.
@@ -115,3 +121,18 @@ def _last_of_each(indices: Tensor) -> Tensor:
     same = indices[:, None] == indices[None, :]  # (B, B)
     positions = torch.arange(len(indices), device=indices.device)
     return torch.where(same, positions, -1).amax(dim=1)
+
+
+def _random_rows(
+    num_images: int, dim: int, generator: torch.Generator | None, held: range
+) -> Tensor:
+    """(H, D) unit rows: those of `held` among the (N, D) that are drawn, a block at a time."""
+    kept = torch.empty(len(held), dim)
+    for start in range(0, num_images, ROWS_AT_A_TIME):
+        count = min(ROWS_AT_A_TIME, num_images - start)
+        rows = torch.rand(count, dim, generator=generator) * 2 - 1
+        first, last = max(start, held.start), min(start + count, held.stop)
+        if first < last:
+            own = rows[first - start : last - start]
+            kept[first - held.start : last - held.start] = nn.functional.normalize(own, dim=1)
+    return kept

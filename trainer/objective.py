@@ -85,11 +85,10 @@ def _objective(
     with torch.no_grad():
         fresh = embeddings.detach()
         found = top_m(fresh, rows, config.num_background)
-        discover = propagate if config.mode == "paper" else _walk_ends
-        reached = discover(KnnGraph(bank.neighbours, None), indices, config.steps)  # (B, W)
+        reached = reach(bank.graph(), indices, config)  # (B, W)
         chosen, chosen_similarities = pick_positives(
             reached,
-            _similarities(fresh, rows, reached),
+            similarities_to(fresh, rows, reached),
             config.num_positives,
             hardest=config.positives == "hard",
         )
@@ -105,25 +104,59 @@ def _objective(
     if config.mode == "paper":
         # N_M counts the anchor; it competes in L_ins once, as `own`, in N_M or not.
         place = places(found, torch.cat([indices[:, None], reached], dim=1))  # (B, 1 + W)
-        background = top.scatter(1, place[:, :1], -torch.inf)  # N_M - {i}
-        instance = losses.instance_loss(own, background, config.temperature)
-        background = top.scatter(1, place, -torch.inf)  # N_neg = N_M - {i} - N(i)
-        invariance = losses.invariance_loss(positives, present, background, config.temperature)
-    else:
-        instance = losses.official_instance_loss(own, top, config.temperature)
-        invariance = losses.official_invariance_loss(
-            own, positives, present, top, config.temperature, exclusive=config.exclusive
+        backgrounds = (
+            top.scatter(1, place[:, :1], -torch.inf),  # N_M - {i}
+            top.scatter(1, place, -torch.inf),  # N_neg = N_M - {i} - N(i)
         )
+    else:
+        backgrounds = (top, top)
+    instance, invariance = both_losses(own, positives, present, backgrounds, config)
     return Objective(instance, invariance, reached, chosen, nearest(found, bank.num_neighbours + 1))
 
 
-def _walk_ends(graph: KnnGraph, anchors: Tensor, steps: int) -> Tensor:
-    """(B,) -> (B, K + ... + K^steps): the released code's positives, see `all_walks`."""
-    ends: Tensor = all_walks(graph, anchors, steps).ids
-    return ends
+def reach(graph: KnnGraph, indices: Tensor, config: LossConfig) -> Tensor:
+    """(B,) -> (B, W) ids of what the mode counts as positives, -1 where there is nothing.
+
+    Official mode: every walk's end, repeats and the anchor kept, see `all_walks`.
+    """
+    if config.mode == "paper":
+        reached: Tensor = propagate(graph, indices, config.steps)
+    else:
+        reached = all_walks(graph, indices, config.steps).ids
+    return reached
 
 
-def _similarities(queries: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+def both_losses(
+    own: Tensor,
+    positives: Tensor,
+    present: Tensor,
+    backgrounds: tuple[Tensor, Tensor],
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """The instance and the invariance loss of the mode, each a batch mean.
+
+    Args:
+        own: (B,) similarities to the anchors' own rows.
+        positives, present: (B, P) similarities to the chosen ones, and whether there is one.
+        backgrounds: (B, M') similarities that each of the two losses compares with, -inf where
+            there is none. In official mode the released code's top M, whatever they belong to.
+    """
+    instance, invariance = backgrounds
+    temperature = config.temperature
+    if config.mode == "paper":
+        return (
+            losses.instance_loss(own, instance, temperature),
+            losses.invariance_loss(positives, present, invariance, temperature),
+        )
+    return (
+        losses.official_instance_loss(own, instance, temperature),
+        losses.official_invariance_loss(
+            own, positives, present, invariance, temperature, exclusive=config.exclusive
+        ),
+    )
+
+
+def similarities_to(queries: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     """(B, D), (N, D), (B, W) -> (B, W) inner products; -1 reads row 0 and is masked later."""
     gathered = rows.index_select(0, ids.clamp(min=0).flatten()).view(*ids.shape, -1)  # (B, W, D)
     return torch.bmm(gathered, queries[:, :, None])[:, :, 0]

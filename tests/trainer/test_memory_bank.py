@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trainer import memory_bank
 from trainer.memory_bank import MemoryBank
 
 
@@ -89,3 +90,12 @@ def test_memory_bank__impossible_sizes_are_named(numbers: tuple[int, int, int]) 
 def test_memory_bank__momentum_of_one_would_never_move() -> None:
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1"):
         MemoryBank(5, 2, 1, momentum=1.0)
+
+
+def test_memory_bank__is_drawn_alike_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.nn.functional.normalize(torch.rand(50, 8, generator=generator) * 2 - 1, dim=1)
+    monkeypatch.setattr(memory_bank, "ROWS_AT_A_TIME", 7)
+    in_blocks = torch.Generator().manual_seed(1)
+    assert torch.equal(MemoryBank(50, 8, 3, generator=in_blocks).embeddings, drawn)
+    assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=in_blocks))
