@@ -7,7 +7,7 @@ gives the same view on every device and in a resumed run.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,13 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config import AugmentConfig
+from trainer.pixels import (
+    NO_BLUR_SIGMA_PX,
+    Taps,
+    blur,
+    crop_and_resize,
+    find_taps,
+    jitter,
+    luma,
+)
 
 # Attempts at a crop inside the image before the largest central one is taken; torchvision's number.
 CROP_ATTEMPTS = 10
-# Taps on each side of a Gaussian, in sigmas: beyond, 0.3 % of the weight is left.
-BLUR_REACH_SIGMAS = 3.0
-# ITU-R 601 luma, the weights of Pillow's and torchvision's grey.
-LUMA = (0.299, 0.587, 0.114)
+# Images are changed in groups of so many bytes as floats: on a CPU a group stays in its cache, on
+# an accelerator the group bounds memory (some 5 times this) and hardly any batch needs two.
+CPU_GROUP_BYTES = 1 << 19
+DEVICE_GROUP_BYTES = 1 << 28
 
 
 class Collated(NamedTuple):
@@ -31,19 +40,61 @@ class Collated(NamedTuple):
     sizes: Tensor  # (B, 2) int64, height and width of each
 
 
+class Plan(NamedTuple):
+    """What may happen to images of a batch; the same operations run for all batches of one plan."""
+
+    order: tuple[int, ...]  # of brightness, contrast, saturation, hue; drawn for the batch
+    turns: bool
+    grays: bool
+    blurs: bool
+
+
 class Views(NamedTuple):
     """What happens to each of B images; the colour changes of an image left alone are neutral."""
 
+    sizes: Tensor  # (B, 2) int64: height and width of the image
     boxes: Tensor  # (B, 4) float64: left, top, width, height of the crop in pixels
     flipped: Tensor  # (B,) bool, left and right
     upended: Tensor  # (B,) bool, mirrored top and bottom
     transposed: Tensor  # (B,) bool, rows and columns exchanged after that: makes quarter turns
-    order: tuple[int, ...]  # order of brightness, contrast, saturation, hue in this batch
     jittered: Tensor  # (B,) bool
     factors: Tensor  # (B, 4): brightness, contrast, saturation factors and turn of the hue
     grayed: Tensor  # (B,) bool
     blurred: Tensor  # (B,) bool
     sigmas_px: Tensor  # (B,)
+    plan: Plan
+
+    def share(self, rows: slice) -> Self:
+        """The views of some of the images."""
+        drawn = {name: each[rows] for name, each in self._tensors().items()}
+        return type(self)(**drawn, plan=self.plan)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The views on `device`, by one copy; themselves where they are there."""
+        if self.boxes.device == device:
+            return self
+        return self.unpack(self.pack().to(device, non_blocking=non_blocking))
+
+    def pack(self) -> Tensor:
+        """(B, 17) float64 that holds everything but the plan."""
+        columns = [drawn.double().view(len(drawn), -1) for drawn in self._tensors().values()]
+        return torch.cat(columns, dim=1)
+
+    def unpack(self, packed: Tensor) -> Self:
+        """The views that `packed`, (B, 17) on any device, holds, of this one's plan.
+
+        Of this one's shapes, kinds and plan only, so that it may run inside a captured graph.
+        """
+        drawn, first = {}, 0
+        for name, like in self._tensors().items():
+            width = like[0].numel()
+            part = packed[:, first : first + width]
+            drawn[name] = part.reshape(len(packed), *like.shape[1:]).to(like.dtype)
+            first += width
+        return type(self)(**drawn, plan=self.plan)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: drawn for name, drawn in self._asdict().items() if name != "plan"}
 
 
 def collate(images: Sequence[NDArray[np.uint8]]) -> Collated:
@@ -87,11 +138,12 @@ def draw_views(config: AugmentConfig, sizes: Tensor, generator: torch.Generator)
     spread = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
     views = Views(
+        sizes=sizes,
         boxes=boxes,
         flipped=chance(config.flip),
         upended=torch.zeros(count, dtype=torch.bool),
         transposed=torch.zeros(count, dtype=torch.bool),
-        order=tuple(torch.randperm(4, generator=generator).tolist()),
+        plan=_plan(config, torch.randperm(4, generator=generator).tolist()),
         jittered=chance(config.jitter),
         factors=neutral + spread * uniform(-1, 1, count, 4).float(),
         grayed=chance(config.gray),
@@ -107,6 +159,17 @@ def draw_views(config: AugmentConfig, sizes: Tensor, generator: torch.Generator)
         flipped=views.flipped ^ (quarters == 1) ^ (quarters == 2),
         upended=upended ^ (quarters >= 2),
         transposed=quarters % 2 == 1,
+        factors=torch.where(views.jittered[:, None], views.factors, neutral),
+    )
+
+
+def _plan(config: AugmentConfig, order: Sequence[int]) -> Plan:
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    return Plan(
+        order=tuple(step for step in order if config.jitter and strengths[step]),
+        turns=config.quarter_turns > 0,
+        grays=config.gray > 0,
+        blurs=config.blur > 0,
     )
 
 
@@ -140,139 +203,73 @@ def place_crops(
     return torch.stack([left, top, crop_width, crop_height], dim=1)
 
 
-def apply_views(images: Collated, views: Views, *, size_px: int) -> Tensor:
-    """Make the views: (B, 3, S, S) float32 in 0..1, on the device of the pixels."""
-    device = images.pixels.device
-    pixels = images.pixels.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
-    crops = crop_and_resize(
-        pixels,
-        images.sizes.to(device),
-        views.boxes.to(device),
-        views.flipped.to(device),
-        views.upended.to(device),
-        size_px,
+def apply_views(
+    pixels: Tensor, views: Views, *, size_px: int, fixed_shapes: bool | None = None
+) -> Tensor:
+    """Make the views: (B, 3, S, S) float32 in 0..1, channels last, on the device of the pixels.
+
+    Args:
+        pixels: (B, H, W, 3) uint8, each image in the upper left corner.
+        views: on any device; where they already lie on that of the pixels, nothing is copied.
+        fixed_shapes: compute every change for every image and keep it where it was drawn, so that
+            no shape and no branch depends on a draw but for the plan: needed for a CUDA graph and
+            to never wait for a device. False: compute changes for the images that get them, which
+            is cheaper on a CPU. None: True on an accelerator. The results agree to rounding.
+    """
+    device = pixels.device
+    views = views.to(device)
+    fixed = device.type != "cpu" if fixed_shapes is None else fixed_shapes
+    change = _change_all if fixed else _change_drawn
+    count, height, width, _ = pixels.shape
+    rows, columns = find_taps(
+        views.boxes,
+        views.sizes,
+        torch.stack([views.upended, views.flipped], dim=1),
+        block=(height, width),
+        size_px=size_px,
     )
-    # The draws lie on the CPU, so choosing images by them does not wait for the device.
-    rows = views.transposed.nonzero()[:, 0].to(device)
-    if len(rows):
-        crops[rows] = crops[rows].transpose(2, 3)
-    rows = views.jittered.nonzero()[:, 0].to(device)
-    if len(rows):
-        crops[rows] = jitter(crops[rows], views.factors[views.jittered].to(device), views.order)
-    rows = views.grayed.nonzero()[:, 0].to(device)
-    if len(rows):
-        crops[rows] = luma(crops[rows]).expand(-1, 3, -1, -1)
-    rows = views.blurred.nonzero()[:, 0].to(device)
-    if len(rows):
-        crops[rows] = blur(crops[rows], views.sigmas_px[views.blurred])
+    made = torch.empty(
+        (count, 3, size_px, size_px), device=device, memory_format=torch.channels_last
+    )
+    limit = CPU_GROUP_BYTES if device.type == "cpu" else DEVICE_GROUP_BYTES
+    together = max(1, limit // (4 * 3 * max(height * width, size_px * size_px)))
+    for first in range(0, count, together):
+        group = slice(first, first + together)
+        own = [Taps(*(each[group] for each in taps)) for taps in (rows, columns)]
+        made[group] = change(crop_and_resize(pixels[group], *own), views.share(group))
+    return made
+
+
+def _change_all(crops: Tensor, views: Views) -> Tensor:
+    """Every change of the plan for all of (B, 3, S, S), neutral where it was not drawn."""
+
+    def chosen(drawn: Tensor, changed: Tensor) -> Tensor:
+        return torch.where(drawn[:, None, None, None], changed, crops)
+
+    if views.plan.turns:
+        crops = chosen(views.transposed, crops.transpose(2, 3))
+    crops = jitter(crops, views.factors, views.plan.order)
+    if views.plan.grays:
+        crops = chosen(views.grayed, luma(crops))
+    if views.plan.blurs:
+        crops = blur(crops, torch.where(views.blurred, views.sigmas_px, NO_BLUR_SIGMA_PX))
     return crops
 
 
-def crop_and_resize(
-    pixels: Tensor, sizes: Tensor, boxes: Tensor, flipped: Tensor, upended: Tensor, size_px: int
-) -> Tensor:
-    """Cut a box from each image and resize it, bilinear, area-averaging when shrinking.
-
-    As Pillow's `resize(box=...)`, which also makes the evaluation image, but in floats.
-
-    Args:
-        pixels: (B, C, H, W); sizes: (B, 2) how much of it is image; boxes: (B, 4).
-        flipped, upended: (B,) bool, mirror left and right, top and bottom.
-
-    Returns:
-        (B, C, S, S).
-    """
-    left, top, width, height = boxes.unbind(1)
-    rows = resize_weights(top, height, sizes[:, 0], pixels.shape[2], size_px)  # (B, S, H)
-    columns = resize_weights(left, width, sizes[:, 1], pixels.shape[3], size_px)  # (B, S, W)
-    rows = torch.where(upended[:, None, None], rows.flip(1), rows)
-    columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
-    return torch.einsum("bsh,bchw,btw->bcst", rows, pixels, columns)
-
-
-def resize_weights(
-    start: Tensor, extent: Tensor, size: Tensor, padded: int, size_px: int
-) -> Tensor:
-    """How much each of `padded` pixels in a line adds to each of S: (B, S, padded) float32.
-
-    Args:
-        start, extent: (B,) the box along this line; size: (B,) how many of the pixels are image.
-    """
-    device = start.device
-    scale = extent / size_px  # (B,) source pixels for each target pixel
-    reach = scale.clamp(min=1)[:, None, None]  # of the triangle, to each side
-    targets = torch.arange(size_px, device=device, dtype=torch.float64) + 0.5
-    centres = start[:, None] + targets * scale[:, None]  # (B, S)
-    places = torch.arange(padded, device=device, dtype=torch.float64) + 0.5
-    weights = (1 - (places - centres[:, :, None]).abs() / reach).clamp(min=0)
-    weights = weights * (places < size[:, None])[:, None, :]
-    return (weights / weights.sum(dim=2, keepdim=True)).float()
-
-
-def jitter(pixels: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
-    """Change brightness, contrast, saturation and hue of (B, 3, S, S) as torchvision defines them.
-
-    Args:
-        factors: (B, 4), the fourth is the turn of the hue as a share of the circle.
-        order: in which the four happen.
-    """
-    for step in order:
-        factor = factors[:, step].view(-1, 1, 1, 1)
-        if step == 0:
-            pixels = (pixels * factor).clamp(0, 1)
-        elif step == 1:
-            mean = luma(pixels).mean(dim=(1, 2, 3), keepdim=True)
-            pixels = torch.lerp(mean, pixels, factor).clamp(0, 1)
-        elif step == 2:
-            pixels = torch.lerp(luma(pixels).expand_as(pixels), pixels, factor).clamp(0, 1)
-        else:
-            pixels = turn_hue(pixels, factor[:, :, :, 0])
-    return pixels
-
-
-def luma(pixels: Tensor) -> Tensor:
-    """The grey of (B, 3, S, S): (B, 1, S, S)."""
-    weights = torch.tensor(LUMA, device=pixels.device, dtype=pixels.dtype).view(1, 3, 1, 1)
-    return (pixels * weights).sum(dim=1, keepdim=True)
-
-
-def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of (B, 3, S, S) by (B, 1, 1) of the colour circle, keeping chroma and value."""
-    red, green, blue = pixels.unbind(1)  # (B, S, S) each
-    value, strongest = pixels.max(dim=1)
-    chroma = value - pixels.min(dim=1).values
-    safe = torch.where(chroma > 0, chroma, 1)
-    sector = torch.where(
-        strongest == 0,
-        (green - blue) / safe,
-        torch.where(strongest == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )  # the hue in sixths of the circle
-    sector = sector + 6 * turn
-    # Each channel is the value, less chroma where the hue is far from it (Smith, 1978).
-    channels = []
-    for offset in (5, 3, 1):
-        away = (offset + sector).remainder(6)
-        channels.append(value - chroma * torch.minimum(away, 4 - away).clamp(0, 1))
-    return torch.stack(channels, dim=1)
-
-
-def blur(pixels: Tensor, sigmas_px: Tensor) -> Tensor:
-    """Blur each of (B, C, S, S) with its own Gaussian of (B,) sigmas, edges reflected.
-
-    The sigmas stay on the CPU, where the widest of them is known without waiting for the device.
-    """
-    side = pixels.shape[-1]
-    reach = min(side - 1, math.ceil(BLUR_REACH_SIGMAS * float(sigmas_px.max())))
-    offsets = torch.arange(-reach, reach + 1)
-    taps = torch.exp(-0.5 * (offsets / sigmas_px[:, None]) ** 2)  # (B, 2 reach + 1)
-    # Each to its own reach: a view must not depend on which images share a process with it.
-    taps = taps * (offsets.abs() <= (BLUR_REACH_SIGMAS * sigmas_px[:, None]).ceil())
-    taps = (taps / taps.sum(dim=1, keepdim=True)).to(pixels.device)
-    offsets = offsets.to(pixels.device)
-    # The line as a matrix: row i holds the taps at the pixels around i, folded back at the edges.
-    places = (torch.arange(side, device=pixels.device)[:, None] + offsets).abs()
-    places = (side - 1) - ((side - 1) - places).abs()  # (S, 2 reach + 1)
-    line = pixels.new_zeros(len(pixels), side, side).scatter_add_(
-        2, places.expand(len(pixels), -1, -1), taps[:, None, :].expand(-1, side, -1)
-    )
-    return torch.einsum("bsh,bchw,btw->bcst", line, pixels, line)
+def _change_drawn(crops: Tensor, views: Views) -> Tensor:
+    """The changes, each of the images for which it was drawn."""
+    rows = views.transposed.nonzero()[:, 0]
+    if len(rows):
+        crops[rows] = crops[rows].transpose(2, 3)
+    rows = views.jittered.nonzero()[:, 0]
+    if len(rows) == len(crops):
+        crops = jitter(crops, views.factors, views.plan.order)
+    elif len(rows):
+        crops[rows] = jitter(crops[rows], views.factors[rows], views.plan.order)
+    rows = views.grayed.nonzero()[:, 0]
+    if len(rows):
+        crops[rows] = luma(crops[rows]).expand(-1, 3, -1, -1)
+    rows = views.blurred.nonzero()[:, 0]
+    if len(rows):
+        crops[rows] = blur(crops[rows], views.sigmas_px[rows])
+    return crops

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.augment import Views, apply_views, collate, draw_views
+from trainer.augment import apply_views, collate, draw_views
 from trainer.checkpoint import Progress as SavedProgress
 from trainer.checkpoint import TrainingState, checkpoints, save_checkpoint
 from trainer.config import Recipe
@@ -196,15 +196,10 @@ def _views(
         # Drawn for the whole batch; nothing that is drawn depends on the sizes of the others'.
         sizes = torch.ones(len(indices), 2, dtype=block.sizes.dtype)
         sizes[share] = block.sizes
-        views = _shared(draw_views(recipe.augment, sizes, generator), share)
+        views = draw_views(recipe.augment, sizes, generator).share(share)
         block = block._replace(pixels=block.pixels.to(run.device))
-        pixels = apply_views(block, views, size_px=recipe.encoder.image_size_px)
+        pixels = apply_views(block.pixels, views, size_px=recipe.encoder.image_size_px)
         yield torch.from_numpy(indices).to(run.device), pixels
-
-
-def _shared(views: Views, share: slice) -> Views:
-    own = {name: drawn[share] for name, drawn in views._asdict().items() if name != "order"}
-    return views._replace(**own)
 
 
 def _check_finite(figures: StepFigures, position: Position) -> None:
