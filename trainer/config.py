@@ -117,7 +117,7 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0, le=10)]
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
-    schedule: Literal["cosine", "step"]
+    schedule: Literal["cosine", "official_cosine", "step"]  # trainer/schedule.py has the formulas
     milestones: tuple[Annotated[int, Field(ge=1)], ...]  # step: epochs after which lr falls
     gamma: Annotated[float, Field(gt=0, le=1)]  # step: to this share
 
@@ -127,6 +127,8 @@ class MonitorConfig(Section):
 
     every_epochs: Annotated[int, Field(ge=1)]  # kNN accuracy, besides before and after training
     knn_k: Annotated[int, Field(ge=1, le=100_000)]  # neighbours that vote, where N allows
+    knn_temperature: Annotated[float, Field(ge=0.01, le=10)]  # a vote weighs exp(similarity / this)
+    knn_on: Literal["embedding", "features"]  # of the head (D), or of the backbone (F)
     max_images: Annotated[int, Field(ge=2)]  # bounds the cost: at most so many vote, and are asked
     collapse_patience: Annotated[int, Field(ge=1)]  # collapsed epochs in a row that stop the run
 

@@ -18,7 +18,7 @@ from trainer.decoding import DecodePool, prepare_all
 from trainer.distributed import ALONE, Ranks
 from trainer.encoder import Encoder, embed_images
 from trainer.representation.preprocess import InputContract
-from trainer.representation.protocols import knn_accuracy
+from trainer.representation.protocols import KNN_TEMPERATURE, knn_accuracy
 
 EMBEDDED_TOGETHER = 64  # images in one forward pass
 
@@ -44,18 +44,20 @@ class KnnMonitor:
     queries: NDArray[np.uint8] | None  # (Q, S, S, 3), this rank's share; None: leave one out
     query_labels: NDArray[np.int64]  # (Q,)
     k: int
+    temperature: float = KNN_TEMPERATURE
+    on_features: bool = False  # of the backbone, instead of the head's embeddings
     ranks: Ranks = ALONE
 
     def measure(self, encoder: Encoder, device: torch.device) -> float:
         """The share of images, 0..1, whose neighbours vote for their own class."""
         # Running statistics of a share of each batch differ between the ranks.
         self.ranks.copy_from_first(list(encoder.buffers()))
-        gallery = np.concatenate(self.ranks.gathered(_embed(encoder, self.gallery, device)))
+        gallery = np.concatenate(self.ranks.gathered(self._embed(encoder, self.gallery, device)))
         own = self.ranks.share(len(self.query_labels))
         if self.queries is None:
             queries, exclude = gallery[own], np.arange(len(gallery))[own]
         else:
-            queries, exclude = _embed(encoder, self.queries, device), None
+            queries, exclude = self._embed(encoder, self.queries, device), None
         right = 0
         if len(queries):
             accuracy = knn_accuracy(
@@ -64,10 +66,25 @@ class KnnMonitor:
                 gallery,
                 self.gallery_labels,
                 k=self.k,
+                temperature=self.temperature,
                 exclude=exclude,
             )
             right = round(accuracy * len(queries))
         return sum(self.ranks.gathered(right)) / len(self.query_labels)
+
+    def _embed(
+        self, encoder: Encoder, images: NDArray[np.uint8], device: torch.device
+    ) -> NDArray[np.float32]:
+        """(N, S, S, 3) -> (N, F or D) of unit length."""
+        batches = (
+            images[first : first + EMBEDDED_TOGETHER]
+            for first in range(0, len(images), EMBEDDED_TOGETHER)
+        )
+        features, embeddings = embed_images(encoder, batches, device)
+        if not self.on_features:
+            return embeddings
+        lengths = np.linalg.norm(features, axis=1, keepdims=True)
+        return np.asarray(features / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
 
 
 def build_knn_monitor(
@@ -104,6 +121,8 @@ def build_knn_monitor(
         queries=None if leave_one_out else prepared(asked),
         query_labels=shown.labels if leave_one_out else asked.labels,
         k=min(config.knn_k, len(shown) - leave_one_out),
+        temperature=config.knn_temperature,
+        on_features=config.knn_on == "features",
         ranks=ranks,
     )
 
@@ -136,13 +155,3 @@ def _some(source: ImageSource, count: int, seed: int) -> ImageSource:
         return source
     drawn = np.random.default_rng([seed, count]).permutation(len(source))[:count]
     return source.subset(np.sort(drawn))
-
-
-def _embed(
-    encoder: Encoder, images: NDArray[np.uint8], device: torch.device
-) -> NDArray[np.float32]:
-    batches = (
-        images[first : first + EMBEDDED_TOGETHER]
-        for first in range(0, len(images), EMBEDDED_TOGETHER)
-    )
-    return embed_images(encoder, batches, device)[1]

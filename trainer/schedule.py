@@ -27,9 +27,12 @@ class Position(NamedTuple):
 def learning_rate(config: OptimConfig, epoch: int, epochs: int) -> float:
     """The rate of a whole epoch, as in the paper's code.
 
-    Cosine: lr / 2 (1 + cos(pi (epoch - 1) / epochs)), so the first epoch has the full rate. Step:
-    times gamma after each milestone that has passed.
+    Cosine: lr / 2 (1 + cos(pi (epoch - 1) / epochs)), so the first epoch has the full rate.
+    Official cosine: lr / 2 (1 + cos(pi epoch / (epochs + 1))), one epoch ahead: the released code
+    runs the epochs 1..799 of its 800. Step: times gamma after each milestone that has passed.
     """
+    if config.schedule == "official_cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / (epochs + 1)))
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
     return float(config.lr * config.gamma ** sum(epoch > passed for passed in config.milestones))

@@ -37,8 +37,15 @@ def _colours(*values: int) -> np.ndarray:
     return images
 
 
-def _config(**changes: int) -> MonitorConfig:
-    values = {"every_epochs": 1, "knn_k": 3, "max_images": 100, "collapse_patience": 2}
+def _config(**changes: object) -> MonitorConfig:
+    values: dict[str, object] = {
+        "every_epochs": 1,
+        "knn_k": 3,
+        "knn_temperature": 0.07,
+        "knn_on": "embedding",
+        "max_images": 100,
+        "collapse_patience": 2,
+    }
     return MonitorConfig.model_validate(values | changes)
 
 
@@ -66,6 +73,37 @@ def test_knn__leaves_the_image_itself_out() -> None:
     assert alone.measure(_encoder(), CPU) == 0.0
 
 
+def test_knn__votes_weigh_by_the_temperature() -> None:
+    # Nearest to the query is one image of class 0, farther are two of class 1.
+    images = _colours(200, -200, -210)
+    labels, query = np.array([0, 1, 1]), _colours(201)
+    encoder = _encoder()
+    by_temperature = [
+        KnnMonitor(images, labels, query, np.array([0]), k=3, temperature=temperature).measure(
+            encoder, CPU
+        )
+        for temperature in (0.01, 10.0)
+    ]
+    assert by_temperature == [1.0, 0.0]
+
+
+def test_knn__on_features_asks_the_backbone() -> None:
+    encoder = _encoder()
+    for parameter in encoder.head.parameters():  # type: ignore[attr-defined]
+        torch.nn.init.zeros_(parameter)  # the head has nothing to say any more
+    labels = np.array([1, 1, 0, 0])
+    gallery = _colours(200, 210, -200, -210)
+    queries, answers = _colours(205, -205), np.array([1, 0])
+    on = {
+        name: KnnMonitor(
+            gallery, labels, queries, answers, k=1, on_features=name == "features"
+        ).measure(encoder, CPU)
+        for name in ("embedding", "features")
+    }
+    assert on["features"] == 1.0
+    assert on["embedding"] < 1.0
+
+
 def test_monitor__of_a_source_without_labels(packed: Callable[..., Path]) -> None:
     source = open_source(str(packed(labels=False)))
     with DecodePool(0) as pool:
@@ -81,9 +119,16 @@ def test_monitor__looks_at_a_bounded_number_of_images(packed: Callable[..., Path
         assert made is not None
         assert made.gallery.shape == (10, 8, 8, 3)
         few = build_knn_monitor(
-            source, nothing, _config(max_images=10, knn_k=200), CONTRACT, pool, seed=0
+            source,
+            nothing,
+            _config(max_images=10, knn_k=200, knn_temperature=0.1, knn_on="features"),
+            CONTRACT,
+            pool,
+            seed=0,
         )
         assert few is not None
+        assert (few.temperature, few.on_features) == (0.1, True)
+        assert (made.temperature, made.on_features) == (0.07, False)
         assert few.k == 9  # all but the image itself
         assert (few.gallery == made.gallery).all()
 

@@ -33,6 +33,12 @@ def test_learning_rate__cosine() -> None:
     assert rates == pytest.approx([0.03, 0.0256066, 0.015, 0.0043934])
 
 
+def test_learning_rate__official_cosine_is_an_epoch_ahead() -> None:
+    rates = [learning_rate(_optim("official_cosine"), epoch, 3) for epoch in (1, 2, 3)]
+    # Of the 4 epochs 0..3 the released code runs 1..3: 45, 90 and 135 degrees.
+    assert rates == pytest.approx([0.0256066, 0.015, 0.0043934])
+
+
 def test_learning_rate__step() -> None:
     config = _optim("step", (2, 3))
     rates = [learning_rate(config, epoch, 10) for epoch in (1, 2, 3, 4)]
