@@ -130,6 +130,7 @@ class MonitorConfig(Section):
     knn_temperature: Annotated[float, Field(ge=0.01, le=10)]  # a vote weighs exp(similarity / this)
     knn_on: Literal["embedding", "features"]  # of the head (D), or of the backbone (F)
     max_images: Annotated[int, Field(ge=2)]  # bounds the cost: at most so many vote, and are asked
+    max_anchors: Annotated[int, Field(ge=0)]  # whose propagation is looked at; 0: none
     collapse_patience: Annotated[int, Field(ge=1)]  # collapsed epochs in a row that stop the run
 
 

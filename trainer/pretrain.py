@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ from trainer.config import Recipe
 from trainer.decoding import CropStock
 from trainer.distributed import ALONE, Ranks
 from trainer.fingerprints import digest
+from trainer.inspection import Inspector
 from trainer.interruption import Interrupted, StopRequest
 from trainer.monitor import KnnMonitor, is_collapsed
+from trainer.pictures import pictures
 from trainer.progress import Progress, say
-from trainer.run_folder import Journal, Metrics
+from trainer.run_folder import HISTOGRAMS, Journal, Metrics
 from trainer.schedule import (
     Position,
     epoch_batches,
@@ -54,6 +57,7 @@ class Pretraining:
     journal: Journal
     checkpoints: Path
     data_fingerprint: str
+    inspector: Inspector | None = None
     ranks: Ranks = ALONE
 
     @property
@@ -264,9 +268,13 @@ def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
         "images_per_s": sums.steps * recipe.batch_size / sums.seconds,
         "collapsed": collapsed,
     }
-    if run.monitor is not None and (last or epoch % recipe.monitor.every_epochs == 0):
+    due = last or epoch % recipe.monitor.every_epochs == 0
+    if run.monitor is not None and due:
         metrics["knn"] = run.monitor.measure(run.state.encoder, run.device)
-    run.journal.write(metrics)
+    shown = None
+    if run.inspector is not None and (due or collapsed):
+        shown = _inspect(run, run.inspector, metrics)
+    run.journal.write(metrics, shown)
     say(_epoch_line(metrics, recipe.epochs))
     if collapsed:
         _warn_of_collapse(run)
@@ -274,8 +282,29 @@ def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
         run.save(Position(epoch, run.steps), sums)
 
 
+def _inspect(run: Pretraining, inspector: Inspector, metrics: Metrics) -> dict[str, Any]:
+    """Add what the propagation looks like to `metrics`; return the pictures to show.
+
+    Raises:
+        TrainingFailed: the last step made weights that are no numbers.
+    """
+    epoch, hard = metrics["epoch"], run.recipe.loss.positives == "hard"
+    try:
+        seen = inspector.inspect(run.state.encoder, run.state.bank, run.device)
+    except ValueError as error:
+        raise TrainingFailed(
+            f"{error} after epoch {epoch}; nothing is published, the last checkpoint stays. Lower "
+            "optim.lr, raise loss.temperature or use precision=fp32, in a new run"
+        ) from error
+    metrics |= seen.figures(inspector.train.labels, hardest_chosen=hard)
+    metrics[HISTOGRAMS] = seen.histograms(hardest_chosen=hard)
+    return pictures(seen, epoch, inspector.train.ids, inspector.train.labels)
+
+
 def _epoch_line(metrics: Metrics, epochs: int) -> str:
     knn = f", kNN accuracy {metrics['knn']:.4f}" if "knn" in metrics else ""
+    if "purity_chosen" in metrics:
+        knn = f", {metrics['purity_chosen']:.0%} of the chosen positives of one class{knn}"
     return (
         f"epoch {metrics['epoch']}/{epochs}: instance loss {metrics['instance']:.4f}, invariance "
         f"loss {metrics['invariance']:.4f}, {metrics['reached']:.1f} positives reached, "

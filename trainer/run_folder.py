@@ -1,7 +1,7 @@
 """The folder of one run (--output): what stands where, and the lines written as training goes on.
 
-In: metrics, the report. Out: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, report.json
-and bundle/ below one root.
+In: metrics, the report. Out: recipe.yaml, metrics.jsonl, histograms.jsonl, pictures.json,
+tensorboard/, checkpoints/, report.json, report.html and bundle/ below one root.
 """
 
 import json
@@ -18,7 +18,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer.config import Recipe, RecipeError, load_recipe
 
-Metrics = dict[str, Any]  # one line of metrics.jsonl
+# One line of metrics.jsonl; under `HISTOGRAMS` what goes to histograms.jsonl instead.
+Metrics = dict[str, Any]
+HISTOGRAMS = "histograms"
+
+# Where TensorBoard shows a figure; all others, and what this list does not know, under "training".
+BOARD_GROUPS = {
+    "losses": ("loss", "instance", "invariance"),
+    "accuracy": ("knn",),
+    "positives": ("reached", "hard_share", "positives_in_top", "no_background"),
+    "purity": ("purity_",),
+    "similarity": ("spread", "similarity_"),
+    "speed": ("images_per_s",),
+}
 
 
 class OutputError(Exception):
@@ -42,6 +54,16 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def histograms(self) -> Path:
+        """One JSON line for each inspected epoch, see `Inspection.histograms`."""
+        return self.root / "histograms.jsonl"
+
+    @property
+    def pictures(self) -> Path:
+        """Some anchors with their positives at the last inspected epoch, see trainer.pictures."""
+        return self.root / "pictures.json"
+
+    @property
     def tensorboard(self) -> Path:
         """The same figures for TensorBoard."""
         return self.root / "tensorboard"
@@ -55,6 +77,11 @@ class RunFolder:
     def report(self) -> Path:
         """What was done, skipped and reached."""
         return self.root / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The same for the eye, with curves and pictures: see trainer.training_report."""
+        return self.root / "report.html"
 
     @property
     def bundle(self) -> Path:
@@ -138,12 +165,15 @@ class Journal:
             folder: None on all ranks but the first, which keep the lines in memory only.
         """
         self.lines: list[Metrics] = list(before)
-        self._path: Path | None = None
+        self._folder = folder
         if folder is None:
             return
-        self._path = folder.metrics
-        write_whole(self._path, "".join(map(_line, self.lines)))
+        write_whole(folder.metrics, "".join(map(_line, self.lines)))
+        write_whole(folder.histograms, "".join(map(_histograms_line, self.lines)))
         next_epoch = self.lines[-1]["epoch"] + 1 if self.lines else 0
+        pictures = read_pictures(folder)
+        if pictures is not None and pictures["epoch"] >= next_epoch:
+            folder.pictures.unlink()
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=next_epoch)
 
     def __enter__(self) -> Self:
@@ -155,20 +185,35 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._path is not None:
+        if self._folder is not None:
             self._board.close()
 
-    def write(self, metrics: Metrics) -> None:
-        """Add the line of an epoch."""
+    def write(self, metrics: Metrics, pictures: Mapping[str, Any] | None = None) -> None:
+        """Add the line of an epoch, and replace pictures.json where there are new pictures."""
         self.lines.append(metrics)
-        if self._path is None:
+        if self._folder is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(metrics))
+        _append(self._folder.metrics, _line(metrics))
+        _append(self._folder.histograms, _histograms_line(metrics))
+        if pictures is not None:
+            write_whole(self._folder.pictures, json.dumps(pictures, ensure_ascii=False) + "\n")
+        epoch = metrics["epoch"]
         for name, value in metrics.items():
-            if name != "epoch":
-                self._board.add_scalar(name, float(value), metrics["epoch"])
+            if name == HISTOGRAMS:
+                for of, counts in value.items():
+                    _add_histogram(self._board, f"similarity_of/{of}", counts, epoch)
+            elif name != "epoch":
+                self._board.add_scalar(f"{_group(name)}/{name}", float(value), epoch)
         self._board.flush()
+
+
+def read_pictures(folder: RunFolder) -> dict[str, Any] | None:
+    """What stands in pictures.json; None where there is none that can be read."""
+    try:
+        pictures = json.loads(folder.pictures.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return pictures if isinstance(pictures, dict) and "epoch" in pictures else None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -185,5 +230,42 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def _line(metrics: Metrics) -> str:
-    return json.dumps(metrics) + "\n"
+    return json.dumps({name: v for name, v in metrics.items() if name != HISTOGRAMS}) + "\n"
+
+
+def _histograms_line(metrics: Metrics) -> str:
+    if HISTOGRAMS not in metrics:
+        return ""
+    return json.dumps({"epoch": metrics["epoch"], **metrics[HISTOGRAMS]}) + "\n"
+
+
+def _group(name: str) -> str:
+    for group, members in BOARD_GROUPS.items():
+        if any(name == each or (each.endswith("_") and name.startswith(each)) for each in members):
+            return group
+    return "training"
+
+
+def _add_histogram(board: SummaryWriter, name: str, counts: Sequence[int], epoch: int) -> None:
+    """Counts of similarities in equal bins of [-1, 1]; sums as if each lay in its bin's middle."""
+    total, width = sum(counts), 2 / len(counts)
+    if not total:
+        return
+    middles = [-1 + width * (i + 0.5) for i in range(len(counts))]
+    board.add_histogram_raw(
+        name,
+        min=min(middle for middle, count in zip(middles, counts, strict=True) if count),
+        max=max(middle for middle, count in zip(middles, counts, strict=True) if count),
+        num=total,
+        sum=sum(middle * count for middle, count in zip(middles, counts, strict=True)),
+        sum_squares=sum(middle**2 * count for middle, count in zip(middles, counts, strict=True)),
+        bucket_limits=[-1 + width * (i + 1) for i in range(len(counts))],
+        bucket_counts=list(counts),
+        global_step=epoch,
+    )

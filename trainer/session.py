@@ -19,15 +19,19 @@ from trainer.decoding import MAX_WORKERS, CropStock, DecodePool, Survey, survey
 from trainer.distributed import Ranks
 from trainer.encoder import build_encoder
 from trainer.export import export_bundle
+from trainer.inspection import build_inspector
+from trainer.interruption import Interrupted
 from trainer.memory_bank import MemoryBank
 from trainer.monitor import build_knn_monitor
-from trainer.pretrain import Pretraining, pretrain
+from trainer.pretrain import Pretraining, TrainingFailed, pretrain
 from trainer.progress import Progress, say
 from trainer.report import data_facts, training_facts, versions
 from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import InputContract
 from trainer.request import agree_on_request, resolve_device
-from trainer.run_folder import Journal, OutputError, RunFolder
+from trainer.run_folder import Journal, Metrics, OutputError, RunFolder
+from trainer.step import loss_config
+from trainer.training_report import write_training_report
 
 
 class Divided(NamedTuple):
@@ -107,6 +111,15 @@ def train_and_export(
         )
         if monitor is None:
             say("no labels: no image is held out, no kNN accuracy is measured")
+        inspector = build_inspector(
+            divided.train,
+            resolved.monitor,
+            loss_config(resolved),
+            contract,
+            pool,
+            seed=resolved.seed,
+            ranks=ranks,
+        )
         state = build(resolved, len(divided.train), device)
         progress = None
         if checkpoint is not None:
@@ -131,16 +144,21 @@ def train_and_export(
                         journal=journal,
                         checkpoints=folder.checkpoints,
                         data_fingerprint=found.source.fingerprint,
+                        inspector=inspector,
                         ranks=ranks,
                     ),
                     progress,
                 )
+            except (Interrupted, TrainingFailed) as error:
+                report["ended_by"] = str(error)
+                raise
             finally:
                 report["status"] = "stopped"
                 report["training"] = training_facts(journal.lines)
                 report["seconds"]["training"] = time.monotonic() - clock
                 if ranks.is_first:
                     folder.write_report(report)
+                    show(folder, report, resolved, journal.lines, divided.train, pool)
     ranks.close()  # nobody waits for the export
     if not ranks.is_first:
         return
@@ -160,6 +178,8 @@ def train_and_export(
     report["model_id"] = open_bundle(folder.bundle).model_id
     report["seconds"]["export"] = time.monotonic() - clock
     folder.write_report(report)
+    with DecodePool(0) as pool:
+        show(folder, report, resolved, journal.lines, divided.train, pool)
     summarise(folder, report)
 
 
@@ -262,6 +282,21 @@ def input_contract(recipe: Recipe) -> InputContract:
     )
 
 
+def show(
+    folder: RunFolder,
+    report: dict[str, Any],
+    recipe: Recipe,
+    metrics: Sequence[Metrics],
+    train: ImageSource,
+    pool: DecodePool,
+) -> None:
+    """Write report.html; a run is what it is without, so an error is said and no more."""
+    try:
+        write_training_report(folder, report, recipe, metrics, train, pool)
+    except (DataError, OSError) as error:
+        say(f"WARNING: {folder.page} could not be written: {error}")
+
+
 def summary_of(data: dict[str, Any]) -> dict[str, Any]:
     """The part of the data's facts that a bundle carries: counts, no file names."""
     return {name: value for name, value in data.items() if name != "skipped"}
@@ -284,4 +319,5 @@ def summarise(folder: RunFolder, report: dict[str, Any]) -> None:
         say(f"WARNING: the run showed collapse in the epochs {facts['collapsed_epochs']}")
     took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items())
     say(f"bundle {folder.bundle}, model_id {report['model_id'][:16]}...; {took}")
+    say(f"see {folder.page}: curves, and anchors with their positives")
     say(f"next: python -m service.run --bundle {folder.bundle} --state {folder.root / 'service'}")

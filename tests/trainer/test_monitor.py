@@ -44,6 +44,7 @@ def _config(**changes: object) -> MonitorConfig:
         "knn_temperature": 0.07,
         "knn_on": "embedding",
         "max_images": 100,
+        "max_anchors": 0,
         "collapse_patience": 2,
     }
     return MonitorConfig.model_validate(values | changes)

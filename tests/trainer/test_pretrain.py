@@ -3,6 +3,7 @@
 Run: pytest tests/trainer/test_pretrain.py
 """
 
+import json
 import math
 import signal
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import pretrain as module
 from trainer import step as step_module
@@ -19,12 +21,15 @@ from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import open_source
 from trainer.decoding import CropStock, DecodePool, survey
+from trainer.inspection import build_inspector
 from trainer.interruption import Interrupted
 from trainer.monitor import KnnMonitor
 from trainer.objective import LossConfig, Objective, objective
 from trainer.pretrain import Pretraining, TrainingFailed, pretrain
+from trainer.representation.preprocess import InputContract
 from trainer.run_folder import Journal, RunFolder
 from trainer.session import build
+from trainer.step import loss_config
 
 TIMINGS = ("images_per_s",)
 Run = Callable[..., Pretraining]
@@ -56,6 +61,14 @@ def run(tmp_path: Path, packed: Callable[..., Path], tiny_recipe: Callable[..., 
             journal=journals[-1],
             checkpoints=tmp_path / folder / "checkpoints",
             data_fingerprint="f00d",
+            inspector=build_inspector(
+                source,
+                recipe.monitor,
+                loss_config(recipe),
+                InputContract(size_px=8),
+                pool,
+                seed=recipe.seed,
+            ),
         )
 
     yield make
@@ -219,6 +232,50 @@ def test_metrics__of_every_epoch(run: Run) -> None:
     assert 0 < second["hard_share"] <= 1
     assert second["images_per_s"] > 0
     assert {"knn", "instance", "invariance", "spread", "collapsed"} <= set(second)
+
+
+def test_inspection__changes_no_number_of_the_training(run: Run) -> None:
+    looked, blind = run("looked"), run("blind", "monitor.max_anchors=0")
+    pretrain(looked)
+    pretrain(blind)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(looked), _tensors(blind), strict=True))
+    assert "inspected" not in blind.journal.lines[-1]
+    seen = looked.journal.lines[-1]
+    assert seen["inspected"] == 40
+    assert 0 < seen["purity_hop_1"] <= 1
+    assert seen["purity_chance"] == pytest.approx(19 / 39)
+    common = [
+        {name: value for name, value in line.items() if name in other}
+        for line, other in zip(_figures(looked), _figures(blind), strict=True)
+    ]
+    assert common == _figures(blind)
+    folder = RunFolder(looked.checkpoints.parent)
+    assert json.loads(folder.histograms.read_text().splitlines()[-1]) == {
+        "epoch": 2,
+        **seen["histograms"],
+    }
+    assert "histograms" not in folder.metrics.read_text()
+    assert json.loads(folder.pictures.read_text())["epoch"] == 2
+    tags = EventAccumulator(str(folder.tensorboard)).Reload().Tags()
+    assert {"positives/reached", "purity/purity_chosen", "losses/instance"} <= set(tags["scalars"])
+    assert {"similarity_of/hard", "similarity_of/background"} <= set(tags["histograms"])
+
+
+def test_inspection__that_finds_no_numbers_stops_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run("nan", "epochs=1")
+    real = module._check_equal
+
+    def spoiling(*arguments: Any) -> None:
+        real(*arguments)
+        next(made.state.encoder.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(module, "_check_equal", spoiling)
+    monkeypatch.setattr(KnnMonitor, "measure", lambda *_: 0.5)
+    with pytest.raises(TrainingFailed, match="no numbers after epoch 1; nothing is published"):
+        pretrain(made)
+    assert not checkpoints(made.checkpoints)
 
 
 def test_collapse__is_said_each_epoch_and_stops_after_the_patience(

@@ -5,6 +5,7 @@ Run: pytest tests/trainer/test_run.py
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,14 @@ def _metrics(output: Path) -> list[dict[str, Any]]:
     return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
 
 
+def _seen(output: Path) -> list[str]:
+    """The page without times, and what else was written down for the eye."""
+    page = (output / "report.html").read_text()
+    page = re.sub(r"<figure><figcaption>Throughput.*?</figure>", "", page, flags=re.DOTALL)
+    page = re.sub(r"[\d,.]+ (s|min|h|images/s)\b", "", page)
+    return [page, *((output / n).read_text() for n in ("pictures.json", "histograms.jsonl"))]
+
+
 def _published(output: Path) -> dict[str, Any]:
     """The hashes of what the bundle publishes; its card names the commit, which may move on."""
     files = dict(open_bundle(output / "bundle").manifest["files"])
@@ -54,9 +63,12 @@ def test_run__fills_its_folder(finished: Path) -> None:
     assert names == {
         "recipe.yaml",
         "metrics.jsonl",
+        "histograms.jsonl",
+        "pictures.json",
         "tensorboard",
         "checkpoints",
         "report.json",
+        "report.html",
         "bundle",
     }
     report = json.loads((finished / "report.json").read_text())
@@ -73,6 +85,22 @@ def test_run__fills_its_folder(finished: Path) -> None:
     assert bundle.manifest["training"]["knn_trained"] == report["training"]["knn_trained"]
     assert len(bundle.gallery().ids) == data["images_trained_on"]
     assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_run__ends_with_a_page_for_the_eye(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    trained_on = json.loads((finished / "report.json").read_text())["data"]["images_trained_on"]
+    assert f"on {trained_on:,} images of digits" in page
+    assert "for 2 of 2 epochs" in page
+    assert "Serve it" in page
+    shown = json.loads((finished / "pictures.json").read_text())
+    assert shown["epoch"] == 2
+    assert len(shown["first"]) == 10
+    assert page.count("data:image/jpeg") == sum(
+        1 + len(each["nearest"]) + len(each["farthest"])
+        for each in (*shown["first"], *shown["worst"])
+    )
+    assert 50_000 < len(page) < 3_000_000
 
 
 def test_run__measures_before_and_after(finished: Path) -> None:
@@ -140,7 +168,7 @@ def test_resume__goes_back_to_the_older_checkpoint_loudly(
     line = _tiny(tiny_overrides, packed(40), output)
     assert main(line) == 0
     whole = _published(output)
-    metrics = _metrics(output)
+    metrics, seen = _metrics(output), _seen(output)
     (output / "report.json").unlink()
     newest = max((output / "checkpoints").iterdir())
     (newest / "bank.safetensors").write_bytes(b"damaged")
@@ -150,6 +178,7 @@ def test_resume__goes_back_to_the_older_checkpoint_loudly(
     assert "going on from epoch-0001" in said
     assert _metrics(output) == metrics
     assert _published(output) == whole
+    assert _seen(output) == seen
     (output / "report.json").unlink()
     for checkpoint in (output / "checkpoints").iterdir():
         (checkpoint / "bank.safetensors").write_bytes(b"damaged")
@@ -210,6 +239,7 @@ def test_run__that_made_things_worse_says_so(
     said = capsys.readouterr().out
     assert "untrained 0.8000, trained 0.7000" in said
     assert "made the embeddings worse" in said
+    assert f"see {tmp_path / 'report.html'}" in said
     assert "collapse in the epochs [2]" in said
     report["training"]["knn_trained"] = 0.9
     summarise(RunFolder(tmp_path), report)
@@ -326,6 +356,9 @@ def test_signal__saves_the_state_and_leaves(
     assert "Traceback" not in said
     (stopped,) = (output / "checkpoints").iterdir()
     assert not (output / "bundle").exists()
+    page = (output / "report.html").read_text()
+    assert "The run is not finished, there is no bundle: stopped; the state is in" in page
+    assert "python -m trainer.run --resume" in page
     # 30 of the 40 images train, 8 in a batch: 3 steps make an epoch.
     state = json.loads((stopped / "state.json").read_text())
     epoch, step = state["position"]
