@@ -1,8 +1,9 @@
 """How images get from a source into memory: every file is decoded once before training.
 
 In: an `ImageSource`. Out: the usable images, those that are skipped with their reason, and the
-pixels from which training crops are taken, held in memory while they fit and decoded anew for each
-batch where they do not. Decoding runs in spawned processes; order never depends on them.
+pixels from which training crops are taken, while they fit in memory (`trainer.stock` decodes the
+others anew). Decoding runs in spawned processes; order never depends on them. A picture that kills
+or hangs its decoder costs itself alone. No torch at import: the decoding processes import this.
 """
 
 import functools
@@ -14,10 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +36,14 @@ from trainer.datasets import (
     reduced_picture,
 )
 from trainer.representation.preprocess import ImageRejected, InputContract
+from trainer.shared_block import BlockName, attach
 
 EXAMINED_TOGETHER = 16  # files in one message to a process: some MB of pixels come back
 MAX_WORKERS = 16  # what "auto" takes at most: a disk rarely feeds more
+PICTURE_LIMIT_S = 60  # a picture that takes longer is given up: real ones take tens of milliseconds
 NAMED_IN_ERRORS = 5  # skipped files that an error message names
+
+_is_decoding_process = False  # set once, when such a process begins
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,13 +57,7 @@ class DecodePool:
 
     def __init__(self, workers: int | Literal["auto"]) -> None:
         self.workers = _available_cores() if workers == "auto" else workers
-        self._executor: ProcessPoolExecutor | None = None
-        if self.workers > 0:
-            self._executor = ProcessPoolExecutor(
-                self.workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_live_and_die_with_the_parent,
-            )
+        self._executor = self._start() if self.workers > 0 else None
 
     def __enter__(self) -> Self:
         return self
@@ -69,33 +71,94 @@ class DecodePool:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def stream(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def submit(self, function: Callable[[Item], Result], item: Item) -> "Future[Result]":
+        """Begin function(item); `function` must be importable by name. Without workers: do it."""
+        if self._executor is not None:
+            return self._executor.submit(function, item)
+        done: Future[Result] = Future()
+        done.set_result(function(item))
+        return done
+
+    def stream(
+        self,
+        function: Callable[[Item], Result],
+        items: Iterable[Item],
+        *,
+        rescue: Callable[[Item], Result] | None = None,
+    ) -> Iterator[Result]:
         """Yield function(item) in the order of `items`, some of them computed ahead.
 
-        `function` must be importable by name. Closing the iterator drops what was not begun.
+        Closing the iterator drops what was not begun.
+
+        Args:
+            function: importable by name.
+            rescue: called in this process for each item that was lost when a process died.
 
         Raises:
-            DataError: a process died.
+            DataError: a process died and there is no `rescue`.
         """
         if self._executor is None:
             yield from map(function, items)
             return
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+
+        def first() -> Result:
+            item, future = waiting.popleft()
+            with named_death():
+                try:
+                    return future.result()
+                except BrokenProcessPool:
+                    if rescue is None:
+                        raise
+            self._restart_if_broken()
+            return rescue(item)
+
         try:
             for item in items:
-                waiting.append(self._executor.submit(function, item))
+                if rescue is not None:
+                    self._restart_if_broken()
+                with named_death():
+                    waiting.append((item, self.submit(function, item)))
                 if len(waiting) > 2 * self.workers:
-                    yield waiting.popleft().result()
+                    yield first()
             while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a decoding process died: the machine was short of memory, or an image brought its "
-                "decoder down. Try data.workers=0 to see which, or fewer workers"
-            ) from error
+                yield first()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
+
+    def _restart_if_broken(self) -> None:
+        assert self._executor is not None  # else nothing can have died
+        try:
+            # It refuses work once a process has died; there is no other way to ask.
+            self._executor.submit(int).cancel()
+        except BrokenProcessPool:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_live_and_die_with_the_parent,
+        )
+
+
+@contextmanager
+def named_death() -> Iterator[None]:
+    """Say what the death of a decoding process may mean.
+
+    Raises:
+        DataError: instead of BrokenProcessPool.
+    """
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a decoding process died: the machine was short of memory, or an image that could be "
+            f"decoded when the run began hung for {PICTURE_LIMIT_S} s or brought its decoder down. "
+            "Go on with --resume, with fewer data.workers if memory is short"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -104,7 +167,20 @@ class Survey:
 
     source: ImageSource  # the N usable images; the fingerprint covers which were skipped
     skipped: tuple[Skipped, ...]
+    sizes: NDArray[np.int32]  # (N, 2) heights and widths as `reduced_picture`
     stored: list[NDArray[np.uint8]] | None  # N x (h, w, 3) as `reduced_picture`; None: too large
+
+
+class Part(NamedTuple):
+    """Some rows of a batch, which a decoding process fills in."""
+
+    block: BlockName
+    shape: tuple[int, int, int]  # of the whole batch: B, H, W
+    first: int  # row
+    names: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+    sizes: tuple[tuple[int, int], ...]  # as the survey found them
+    size_px: int  # side of the crops that are taken
 
 
 def survey(
@@ -117,6 +193,10 @@ def survey(
 ) -> Survey:
     """Decode every image once; find the unusable ones and store the others while they fit.
 
+    A picture on which a decoding process dies, or that takes longer than PICTURE_LIMIT_S, is found
+    by trying those that were lost one by one, and skipped. Without processes (data.workers=0)
+    such a picture ends the run.
+
     Args:
         size_px: side of the crops that will be taken.
         advance: told how many images were done, for a progress bar.
@@ -124,66 +204,80 @@ def survey(
     Raises:
         DataError: more than `config.max_skipped` of the images cannot be used.
     """
-    chunks = [
-        source.pictures[first : first + EXAMINED_TOGETHER]
-        for first in range(0, len(source), EXAMINED_TOGETHER)
-    ]
     usable: list[int] = []
+    sizes: list[tuple[int, int]] = []
     skipped = list(source.skipped)
-    stored: list[NDArray[np.uint8]] | None = []
+    stored: list[NDArray[np.uint8]] | None = [] if config.resident_limit_bytes else None
     stored_bytes = index = 0
-    for results in pool.stream(functools.partial(_examine, size_px=size_px), chunks):
-        for result in results:
-            if isinstance(result, str):
-                skipped.append(Skipped(source.ids[index], result))
-            else:
-                usable.append(index)
-                stored_bytes += result.nbytes
-                if stored_bytes > config.resident_limit_bytes:
-                    stored = None
-                if stored is not None:
-                    stored.append(result)
-            index += 1
-        advance(len(results))
+
+    def chunks() -> Iterator[_Chunk]:
+        for first in range(0, len(source), EXAMINED_TOGETHER):
+            pictures = source.pictures[first : first + EXAMINED_TOGETHER]
+            # Once they do not fit, pixels need not come back from the processes.
+            yield _Chunk(tuple(pictures), size_px, stored is not None, PICTURE_LIMIT_S)
+
+    with _Examiner() as alone:
+        for results in pool.stream(_examine, chunks(), rescue=alone.examine):
+            for result in results:
+                if isinstance(result, str):
+                    skipped.append(Skipped(source.ids[index], result))
+                else:
+                    usable.append(index)
+                    size, pixels = result
+                    sizes.append(size)
+                    stored_bytes += 3 * size[0] * size[1]
+                    if stored_bytes > config.resident_limit_bytes:
+                        stored = None
+                    if stored is not None:
+                        assert pixels is not None  # they fitted when it was asked for
+                        stored.append(pixels)
+                index += 1
+            advance(len(results))
     _check_skipped(skipped, len(source) + len(source.skipped), config.max_skipped)
     left_out = "\n".join(file.id for file in skipped)
     fingerprint = sha256(f"{source.fingerprint}\n{left_out}".encode()).hexdigest()
     kept = source if len(usable) == len(source) else source.subset(usable)
-    return Survey(replace(kept, fingerprint=fingerprint), tuple(skipped), stored)
+    return Survey(
+        source=replace(kept, fingerprint=fingerprint),
+        skipped=tuple(skipped),
+        sizes=np.array(sizes, np.int32).reshape(-1, 2),
+        stored=stored,
+    )
 
 
-class CropStock:
-    """The pixels that training crops are taken from, batch after batch."""
+def fill(part: Part) -> None:
+    """Decode the pictures of a part of a batch into their rows of the shared block.
 
-    def __init__(
-        self,
-        source: ImageSource,
-        stored: Sequence[NDArray[np.uint8]] | None,
-        pool: DecodePool,
-        *,
-        size_px: int,
-    ) -> None:
-        self._source, self._stored, self._pool, self._size_px = source, stored, pool, size_px
+    Each lies in the upper left corner of its row (H, W, 3); what is beside it stays as it was.
 
-    def __len__(self) -> int:
-        return len(self._source)
+    Raises:
+        DataError: a picture is no longer what the survey found.
+    """
+    count, height, width = part.shape
+    memory = np.frombuffer(attach(part.block), np.uint8, count=count * height * width * 3)
+    rows = memory.reshape(count, height, width, 3)[part.first :]
+    for row, name, picture, size in zip(rows, part.names, part.pictures, part.sizes, strict=False):
+        image = reduced_or_changed(name, picture, size, part.size_px)
+        row[: size[0], : size[1]] = image
 
-    @property
-    def resident(self) -> bool:
-        """Whether all pixels are in memory."""
-        return self._stored is not None
 
-    def batches(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[list[NDArray[np.uint8]]]:
-        """Yield, for each (B,) array of positions, B images (h, w, 3) in that order."""
-        if self._stored is not None:
-            for indices in batches:
-                yield [self._stored[i] for i in indices]
-            return
-        work = (
-            [(self._source.ids[i], self._source.pictures[i]) for i in indices]
-            for indices in batches
-        )
-        yield from self._pool.stream(functools.partial(_reduce, size_px=self._size_px), work)
+def reduced_or_changed(
+    name: str, picture: Picture, size: tuple[int, int], size_px: int
+) -> NDArray[np.uint8]:
+    """(h, w, 3): `reduced_picture` of a picture that the survey found to have that size.
+
+    Raises:
+        DataError: it is damaged or of another size since.
+    """
+    try:
+        with _limited(PICTURE_LIMIT_S):
+            image = reduced_picture(picture, size_px)
+    except (ImageRejected, OSError) as error:
+        raise changed_meanwhile(name, error) from error
+    if image.shape[:2] != tuple(size):
+        found = f"{image.shape[0]} x {image.shape[1]} pixels instead of {size[0]} x {size[1]}"
+        raise changed_meanwhile(name, ImageRejected(found))
+    return image
 
 
 def prepare_all(
@@ -202,31 +296,122 @@ def prepare_all(
     return images
 
 
-def _examine(pictures: Sequence[Picture], size_px: int) -> list[NDArray[np.uint8] | str]:
-    return [_reduced_or_reason(picture, size_px) for picture in pictures]
+class _Chunk(NamedTuple):
+    """Pictures to examine together."""
+
+    pictures: tuple[Picture, ...]
+    size_px: int
+    wants_pixels: bool
+    limit_s: float  # for each
 
 
-def _reduced_or_reason(picture: Picture, size_px: int) -> NDArray[np.uint8] | str:
+# Height, width and, where wanted, the reduced picture; or why it cannot be used.
+_Finding = tuple[tuple[int, int], NDArray[np.uint8] | None] | str
+
+
+def _examine(chunk: _Chunk) -> list[_Finding]:
+    return [_examine_one(picture, chunk) for picture in chunk.pictures]
+
+
+def _examine_one(picture: Picture, chunk: _Chunk) -> _Finding:
     try:
-        return reduced_picture(picture, size_px)
+        with _limited(chunk.limit_s):
+            image = reduced_picture(picture, chunk.size_px)
     except ImageRejected as error:
         return str(error)
     except OSError as error:
         return f"the file cannot be opened: {error.strerror or error}"
+    return (image.shape[0], image.shape[1]), image if chunk.wants_pixels else None
+
+
+class _Examiner:
+    """One process that examines picture by picture, so that its death names the culprit."""
+
+    def __init__(self) -> None:
+        self._process: SpawnProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._gone()
+
+    def examine(self, chunk: _Chunk) -> list[_Finding]:
+        """As `_examine`, with a reason for those on which the process died."""
+        return [self._examine_one(chunk._replace(pictures=(one,))) for one in chunk.pictures]
+
+    def _examine_one(self, chunk: _Chunk) -> _Finding:
+        connection = self._connection or self._start()
+        try:
+            connection.send(chunk)
+            finding: _Finding = connection.recv()
+        except (EOFError, ConnectionError):
+            return _death(self._gone(), chunk.limit_s)
+        return finding
+
+    def _start(self) -> Connection:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_examine_alone, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its end is seen when the process dies
+        try:
+            self._connection.recv()
+        except EOFError as error:
+            raise DataError(
+                f"a decoding process does not start (exit code {self._gone()}): the machine may be "
+                "short of memory; try fewer data.workers"
+            ) from error
+        return self._connection
+
+    def _gone(self) -> int | None:
+        assert self._process is not None
+        assert self._connection is not None
+        self._connection.close()
+        self._process.join()
+        code = self._process.exitcode
+        self._process = self._connection = None
+        return code
+
+
+def _examine_alone(connection: Connection) -> None:
+    _live_and_die_with_the_parent()
+    connection.send("ready")
+    while True:
+        connection.send(_examine(connection.recv())[0])
+
+
+def _death(code: int | None, limit_s: float) -> str:
+    if code == -signal.SIGALRM:
+        return f"its decoder took more than {limit_s:g} s"
+    if code is not None and code < 0:
+        return f"its decoder process died ({signal.Signals(-code).name})"
+    return f"its decoder process died (exit code {code})"
+
+
+@contextmanager
+def _limited(limit_s: float) -> Iterator[None]:
+    """Let the kernel kill this process, if it is a decoding one, after so long."""
+    if not _is_decoding_process:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _prepare(part: ImageSource, contract: InputContract) -> NDArray[np.uint8]:
     return part.prepared(range(len(part)), contract)
-
-
-def _reduce(work: Sequence[tuple[str, Picture]], size_px: int) -> list[NDArray[np.uint8]]:
-    images = []
-    for name, picture in work:
-        try:
-            images.append(reduced_picture(picture, size_px))
-        except (ImageRejected, OSError) as error:
-            raise changed_meanwhile(name, error) from error
-    return images
 
 
 def _check_skipped(skipped: Sequence[Skipped], found: int, allowed: float) -> None:
@@ -246,6 +431,9 @@ def _available_cores() -> int:
 
 def _live_and_die_with_the_parent() -> None:
     """Out of reach of signals to the run's process group (torchrun's SIGTERM, Ctrl-C)."""
+    global _is_decoding_process
+    _is_decoding_process = True
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)
     threading.Thread(target=_follow_the_parent, daemon=True).start()

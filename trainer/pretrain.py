@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.augment import apply_views, collate, draw_views
+from trainer.augment import apply_views, draw_views
 from trainer.checkpoint import Progress as SavedProgress
 from trainer.checkpoint import TrainingState, checkpoints, save_checkpoint
 from trainer.config import Recipe
-from trainer.decoding import CropStock
 from trainer.distributed import ALONE, Ranks
 from trainer.fingerprints import digest
 from trainer.inspection import Inspector
@@ -39,6 +38,7 @@ from trainer.schedule import (
     view_generator,
 )
 from trainer.step import FIGURES, StepFigures, TrainingStep, read_figures
+from trainer.stock import CropStock
 
 
 class TrainingFailed(Exception):
@@ -193,15 +193,13 @@ def _views(
     """
     recipe = run.recipe
     share = run.ranks.share(recipe.batch_size)
-    crops = run.stock.batches(batches[:, share])
-    for step, (indices, images) in enumerate(zip(batches, crops, strict=True), start.step + 1):
-        block = collate(images)
+    blocks = run.stock.batches(batches[:, share], run.device)
+    for step, (indices, block) in enumerate(zip(batches, blocks, strict=True), start.step + 1):
         generator = view_generator(recipe.seed, start.epoch, step)
         # Drawn for the whole batch; nothing that is drawn depends on the sizes of the others'.
         sizes = torch.ones(len(indices), 2, dtype=block.sizes.dtype)
         sizes[share] = block.sizes
         views = draw_views(recipe.augment, sizes, generator).share(share)
-        block = block._replace(pixels=block.pixels.to(run.device))
         pixels = apply_views(block.pixels, views, size_px=recipe.encoder.image_size_px)
         yield torch.from_numpy(indices).to(run.device), pixels
 

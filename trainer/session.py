@@ -15,7 +15,7 @@ import torch
 from trainer.checkpoint import Checkpoint, TrainingState, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import DataError, ImageSource, open_source, split
-from trainer.decoding import MAX_WORKERS, CropStock, DecodePool, Survey, survey
+from trainer.decoding import MAX_WORKERS, DecodePool, Survey, survey
 from trainer.distributed import Ranks
 from trainer.encoder import build_encoder
 from trainer.export import export_bundle
@@ -31,6 +31,7 @@ from trainer.representation.preprocess import InputContract
 from trainer.request import agree_on_request, resolve_device
 from trainer.run_folder import Journal, Metrics, OutputError, RunFolder
 from trainer.step import loss_config
+from trainer.stock import CropStock
 from trainer.training_report import write_training_report
 
 
@@ -209,7 +210,9 @@ def divide(found: Survey, pool: DecodePool, recipe: Recipe) -> Divided:
     )
     stored = None if found.stored is None else [found.stored[i] for i in train]
     training = source.subset(train)
-    stock = CropStock(training, stored, pool, size_px=recipe.encoder.image_size_px)
+    stock = CropStock(
+        training, stored, pool, size_px=recipe.encoder.image_size_px, sizes=found.sizes[train]
+    )
     return Divided(training, source.subset(held_out), stock)
 
 

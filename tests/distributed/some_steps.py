@@ -15,7 +15,7 @@ from trainer import pretrain as training
 from trainer import step as module
 from trainer.config import load_recipe
 from trainer.datasets import open_source
-from trainer.decoding import CropStock, DecodePool, survey
+from trainer.decoding import DecodePool, survey
 from trainer.distributed import open_ranks
 from trainer.launch import read_launch
 from trainer.objective import Objective
@@ -23,13 +23,14 @@ from trainer.pretrain import Pretraining, pretrain
 from trainer.run_folder import Journal
 from trainer.schedule import Position
 from trainer.session import build
+from trainer.stock import CropStock
 
 
 def main(images: str, output: str, *overrides: str) -> None:
     """Train on pairs of equal bank rows, so that every similarity comes twice."""
     recipe = load_recipe("digits", overrides)
     source, pool = open_source(images), DecodePool(0)
-    stored = survey(source, pool, recipe.data, size_px=8).stored
+    found = survey(source, pool, recipe.data, size_px=8)
     device = torch.device("cpu")
     state = build(recipe, len(source), device)
     half = len(source) // 2
@@ -49,7 +50,7 @@ def main(images: str, output: str, *overrides: str) -> None:
     run = Pretraining(
         recipe=recipe,
         device=device,
-        stock=CropStock(source, stored, pool, size_px=8),
+        stock=CropStock(source, found.stored, pool, size_px=8, sizes=found.sizes),
         state=state,
         monitor=None,
         journal=Journal(None),

@@ -2,13 +2,14 @@
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.augment import Collated
 from trainer.config import Recipe, load_recipe
 
 # A run of a second: a small encoder on 8 px images.
@@ -87,3 +88,19 @@ def huge_png() -> bytes:
         content += struct.pack(">I", len(data)) + kind + data
         content += struct.pack(">I", zlib.crc32(kind + data))
     return content
+
+
+@pytest.fixture
+def images_of() -> Callable[[Iterable[Collated]], list[list[np.ndarray]]]:
+    """Copy each batch's images, (h, w, 3), out of its block before the next one is asked for."""
+
+    def copied(batches: Iterable[Collated]) -> list[list[np.ndarray]]:
+        return [
+            [
+                row[:height, :width].numpy().copy()
+                for row, (height, width) in zip(block.pixels, block.sizes.tolist(), strict=True)
+            ]
+            for block in batches
+        ]
+
+    return copied

@@ -6,7 +6,7 @@ Run: pytest tests/trainer/test_datasets_shards.py
 import gzip
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from PIL import Image
 from trainer.config import DataConfig, load_recipe
 from trainer.datasets import DataError, open_source
 from trainer.datasets.shards import expand_braces
-from trainer.decoding import CropStock, DecodePool, prepare_all, survey
+from trainer.decoding import DecodePool, prepare_all, survey
 from trainer.representation.preprocess import InputContract, prepare
+from trainer.stock import CropStock
 
 
 def _png(seed: int) -> bytes:
@@ -78,7 +79,9 @@ def test_shards__members_are_the_pictures_that_went_in(tmp_path: Path) -> None:
         assert (prepare_all(source, contract, pool) == wanted).all()
 
 
-def test_shards__give_the_crops_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
+def test_shards__give_the_crops_of_the_same_files_in_a_folder(
+    tmp_path: Path, images_of: Callable[..., list[list[np.ndarray]]]
+) -> None:
     shards = open_source(str(_shards(tmp_path / "sets")))
     for i in range(12):
         (tmp_path / "files").mkdir(exist_ok=True)
@@ -86,11 +89,12 @@ def test_shards__give_the_crops_of_the_same_files_in_a_folder(tmp_path: Path) ->
     files = open_source(str(tmp_path / "files"))
     batches = [np.array([3, 11, 0]), np.array([5])]
     with DecodePool(0) as pool:
-        stored = survey(shards, pool, _config(), size_px=8).stored
-        held = CropStock(shards, stored, pool, size_px=8).batches(batches)
-        streamed = CropStock(shards, None, pool, size_px=8).batches(batches)
-        wanted = CropStock(files, None, pool, size_px=8).batches(batches)
-        for three in zip(held, streamed, wanted, strict=True):
+        found = survey(shards, pool, _config(), size_px=8)
+        stocks = [
+            CropStock(source, stored, pool, size_px=8, sizes=found.sizes)
+            for source, stored in ((shards, found.stored), (shards, None), (files, None))
+        ]
+        for three in zip(*(images_of(stock.batches(batches)) for stock in stocks), strict=True):
             for a, b, c in zip(*three, strict=True):
                 assert (a == b).all()
                 assert (b == c).all()

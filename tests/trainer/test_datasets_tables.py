@@ -17,8 +17,9 @@ from pyarrow import parquet
 
 from trainer.config import DataConfig, load_recipe
 from trainer.datasets import DataError, open_source
-from trainer.decoding import CropStock, DecodePool, prepare_all, survey
+from trainer.decoding import DecodePool, prepare_all, survey
 from trainer.representation.preprocess import InputContract, prepare
+from trainer.stock import CropStock
 
 
 def _png(seed: int) -> bytes:
@@ -75,7 +76,9 @@ WRITERS: list[Callable[[Path], Path]] = [_parquets, lambda root: _saved(root, _t
 
 @pytest.mark.parametrize("write", WRITERS, ids=["parquet", "saved"])
 def test_table__gives_the_pictures_that_went_in(
-    tmp_path: Path, write: Callable[[Path], Path]
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    images_of: Callable[..., list[list[np.ndarray]]],
 ) -> None:
     source = open_source(str(write(tmp_path / "set")))
     assert len(source) == len(set(source.ids)) == 8
@@ -88,9 +91,12 @@ def test_table__gives_the_pictures_that_went_in(
         assert (prepare_all(source, contract, pool) == wanted).all()
     batches = [np.array([3, 7, 0]), np.array([5])]
     with DecodePool(0) as pool:
-        stored = survey(source, pool, _config(), size_px=8).stored
-        held = CropStock(source, stored, pool, size_px=8).batches(batches)
-        streamed = CropStock(source, None, pool, size_px=8).batches(batches)
+        found = survey(source, pool, _config(), size_px=8)
+        stocks = [
+            CropStock(source, stored, pool, size_px=8, sizes=found.sizes)
+            for stored in (found.stored, None)
+        ]
+        held, streamed = (images_of(stock.batches(batches)) for stock in stocks)
         for one, two in zip(held, streamed, strict=True):
             assert all((a == b).all() for a, b in zip(one, two, strict=True))
 

@@ -1,19 +1,23 @@
-"""The first pass over all images, and the stock that crops are taken from.
+"""The processes that decode, and the first pass over all images.
 
 Run: pytest tests/trainer/test_decoding.py
 """
 
 import os
+import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from trainer import decoding
 from trainer.config import DataConfig, load_recipe
 from trainer.datasets import DataError, open_source
-from trainer.decoding import CropStock, DecodePool, prepare_all, survey
+from trainer.decoding import DecodePool, prepare_all, survey
 from trainer.representation.preprocess import InputContract
 
 
@@ -52,6 +56,7 @@ def test_survey__skips_what_cannot_be_used_and_says_why(
     assert "no readable" in reasons["text.png"]
     assert found.stored is not None
     assert [image.shape for image in found.stored[:3]] == [(9, 9, 3), (10, 9, 3), (10, 9, 3)]
+    assert found.sizes.tolist() == [list(image.shape[:2]) for image in found.stored]
 
 
 def test_survey__of_a_file_that_cannot_be_opened(pictures: Callable[..., Path]) -> None:
@@ -91,40 +96,75 @@ def test_survey__fingerprint_tells_which_were_skipped(pictures: Callable[..., Pa
     assert whole != damaged
 
 
-def test_stock__past_the_limit_decodes_the_same_pixels(pictures: Callable[..., Path]) -> None:
-    source = open_source(str(pictures(20)))
-    batches = [np.array([3, 1, 19]), np.array([0, 0, 7]), *[np.array([i]) for i in range(9)]]
-    with DecodePool(0) as pool:
-        stored = survey(source, pool, _config(), size_px=8).stored
-        held = list(CropStock(source, stored, pool, size_px=8).batches(batches))
-        # 20 images of at least 9 x 9 x 3 bytes do not fit 2,000 bytes.
-        limit = _config(resident_limit_bytes=2000)
-        assert survey(source, pool, limit, size_px=8).stored is None
-        streamed = list(CropStock(source, None, pool, size_px=8).batches(batches))
-    with DecodePool(2) as pool:
-        spawned = list(CropStock(source, None, pool, size_px=8).batches(batches))
-    assert [len(batch) for batch in held] == [3, 3, *[1] * 9]
-    for one, two, three in zip(held, streamed, spawned, strict=True):
-        for a, b, c in zip(one, two, three, strict=True):
-            assert a.shape == b.shape == c.shape
-            assert (a == b).all()
-            assert (a == c).all()
-
-
-def test_stock__streamed_file_that_went_away_since(pictures: Callable[..., Path]) -> None:
-    root = pictures(4, nested=False)
-    source = open_source(str(root))
-    (root / "002.png").unlink()
-    with DecodePool(0) as pool, pytest.raises(DataError, match=r"002\.png could be read when"):
-        list(CropStock(source, None, pool, size_px=8).batches([np.array([2])]))
-
-
 def test_prepare_all__is_the_sources_prepared(pictures: Callable[..., Path]) -> None:
     source, contract = open_source(str(pictures(20))), InputContract(size_px=8)
     with DecodePool(0) as pool:
         made = prepare_all(source, contract, pool)
         assert prepare_all(source.subset([]), contract, pool).shape == (0, 8, 8, 3)
     assert (made == source.prepared(range(20), contract)).all()
+
+
+class Killer:
+    """A picture in a shard on which the decoder dies, or hangs."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def read(self) -> bytes:
+        if self.how == "hangs":
+            time.sleep(30)
+        if self.how == "exits":
+            os._exit(3)
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return b""
+
+
+def test_survey__picture_that_kills_or_hangs_its_decoder_costs_itself_alone(
+    pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "PICTURE_LIMIT_S", 1.0)
+    monkeypatch.setattr(decoding, "EXAMINED_TOGETHER", 4)
+    source = open_source(str(pictures(30, nested=False)))
+    killers = {2: Killer("crashes"), 13: Killer("hangs"), 14: Killer("exits")}
+    mixed = [killers.get(i, picture) for i, picture in enumerate(source.pictures)]
+    seen: list[int] = []
+    with DecodePool(2) as pool:
+        whole = survey(source, pool, _config(), size_px=8)
+        found = survey(
+            replace(source, pictures=mixed), pool, _config(), size_px=8, advance=seen.append
+        )
+        again = list(pool.stream(abs, range(-9, 0)))
+    assert {file.id: file.reason for file in found.skipped} == {
+        "002.png": "its decoder process died (SIGSEGV)",
+        "013.png": "its decoder took more than 1 s",
+        "014.png": "its decoder process died (exit code 3)",
+    }
+    kept = [i for i in range(30) if i not in killers]
+    assert found.source.ids == tuple(source.ids[i] for i in kept)
+    assert found.stored is not None
+    assert whole.stored is not None
+    for image, i in zip(found.stored, kept, strict=True):
+        assert (image == whole.stored[i]).all()
+    assert sum(seen) == 30
+    assert again == list(range(9, 0, -1))  # the pool lives
+
+
+def test_survey__killers_count_towards_the_limit(pictures: Callable[..., Path]) -> None:
+    source = open_source(str(pictures(10, nested=False)))
+    mixed = [Killer("crashes"), *source.pictures[1:]]
+    told = r"1 of 10 images cannot be used, more than the 5% .*000\.png: its decoder process died"
+    with DecodePool(1) as pool, pytest.raises(DataError, match=told):
+        survey(replace(source, pictures=mixed), pool, _config(max_skipped=0.05), size_px=8)
+
+
+def test_survey__past_the_limit_keeps_sizes_only(pictures: Callable[..., Path]) -> None:
+    source = open_source(str(pictures(20)))
+    with DecodePool(1) as pool:
+        held = survey(source, pool, _config(), size_px=8)
+        # 20 images of at least 9 x 9 x 3 bytes do not fit 2,000 bytes.
+        past = survey(source, pool, _config(resident_limit_bytes=2000), size_px=8)
+    assert past.stored is None
+    assert (past.sizes == held.sizes).all()
 
 
 def _die(item: int) -> int:

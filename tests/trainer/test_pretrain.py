@@ -20,7 +20,7 @@ from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import open_source
-from trainer.decoding import CropStock, DecodePool, survey
+from trainer.decoding import DecodePool, survey
 from trainer.inspection import build_inspector
 from trainer.interruption import Interrupted
 from trainer.monitor import KnnMonitor
@@ -30,6 +30,7 @@ from trainer.representation.preprocess import InputContract
 from trainer.run_folder import Journal, RunFolder
 from trainer.session import build
 from trainer.step import loss_config
+from trainer.stock import CropStock
 
 TIMINGS = ("images_per_s",)
 Run = Callable[..., Pretraining]
@@ -44,18 +45,17 @@ def run(tmp_path: Path, packed: Callable[..., Path], tiny_recipe: Callable[..., 
     def make(folder: str, *overrides: str, before: Progress | None = None) -> Pretraining:
         recipe = tiny_recipe("data.holdout=0", *overrides)
         pool = DecodePool(0)
-        stored = survey(source, pool, recipe.data, size_px=8).stored
+        found = survey(source, pool, recipe.data, size_px=8)
         (tmp_path / folder).mkdir(exist_ok=True)
         journals.append(
             Journal(RunFolder(tmp_path / folder), before.metrics if before else ()),
         )
         assert source.labels is not None
-        images = np.stack([stored[i][:8, :8] for i in range(40)]) if stored else None
-        assert images is not None
+        images = np.stack([image[:8, :8] for image in found.stored or ()])
         return Pretraining(
             recipe=recipe,
             device=torch.device("cpu"),
-            stock=CropStock(source, stored, pool, size_px=8),
+            stock=CropStock(source, found.stored, pool, size_px=8, sizes=found.sizes),
             state=build(recipe, 40, torch.device("cpu")),
             monitor=KnnMonitor(images, source.labels, None, source.labels, k=3),
             journal=journals[-1],
