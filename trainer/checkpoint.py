@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from trainer.representation.artifact import (
     write_artifact,
 )
 from trainer.schedule import Position
+from trainer.sharded_bank import BankShard
 
 SCHEMA = "invprop.checkpoint/1"
 ENCODER, BANK, OPTIMISER, RANDOM = (
@@ -69,22 +71,48 @@ class Checkpoint:
     progress: Progress
 
     def restore(self, state: TrainingState) -> None:
-        """Write encoder, bank, optimiser and the global random generators back."""
+        """Write encoder, bank, optimiser and the global random generators back.
+
+        Of a divided bank only the graph: its rows go to their ranks, see `bank_rows`.
+        """
         read = {
             name: safetensors.torch.load((self.directory / name).read_bytes())
-            for name in (ENCODER, BANK, OPTIMISER, RANDOM)
+            for name in (ENCODER, OPTIMISER, RANDOM)
         }
         content = json.loads((self.directory / STATE).read_bytes())
         state.encoder.load_state_dict(read[ENCODER])
-        state.bank.load_state_dict(read[BANK])
+        with self._open_bank() as file:
+            bank = {"neighbours": file.get_tensor("neighbours")}
+            if isinstance(state.bank, BankShard):
+                bank["embeddings"] = state.bank.embeddings
+            else:
+                bank["embeddings"] = file.get_tensor("embeddings")
+            state.bank.load_state_dict(bank)
         state.optimiser.load_state_dict(_unflatten(content["optimiser"], read[OPTIMISER]))
         _restore_random(content["random"], read[RANDOM])
 
+    def bank_rows(self, rows: slice) -> Tensor:
+        """Some of the (N, D) rows of the whole bank, read from the file without the others."""
+        with self._open_bank() as file:
+            found: Tensor = file.get_slice("embeddings")[rows.start : rows.stop]
+            return found
+
+    def _open_bank(self) -> Any:
+        return safetensors.safe_open(self.directory / BANK, framework="pt")
+
 
 def save_checkpoint(
-    directory: Path, state: TrainingState, progress: Progress, *, keep: int
+    directory: Path,
+    state: TrainingState,
+    progress: Progress,
+    *,
+    keep: int,
+    bank: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint below `directory` and remove all but the newest `keep`.
+
+    Args:
+        bank: the whole bank where `state` holds a part of it, see `whole_state`.
 
     Raises:
         OSError: the disk is full or not writable; what was there stays.
@@ -104,7 +132,7 @@ def save_checkpoint(
     }
     files = {
         ENCODER: _serialise(state.encoder.state_dict()),
-        BANK: _serialise(state.bank.state_dict()),
+        BANK: _serialise(state.bank.state_dict() if bank is None else bank),
         OPTIMISER: _serialise(tensors),
         RANDOM: _serialise(random_tensors),
         STATE: json.dumps(content).encode(),

@@ -14,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# What a resumed run may be given anew: these change neither the numbers nor what they mean.
+# What a resumed run may be given anew: these change neither the numbers (but for the rounding of
+# sums, where rows are divided among processes otherwise) nor what they mean.
 OPERATIONAL_KEYS = frozenset(
     {
         "data.workers",
         "data.resident_limit_bytes",
         "checkpoint.every_epochs",
         "checkpoint.keep",
+        "bank.sharded",
         "distributed.timeout_s",
     }
 )
@@ -95,6 +97,7 @@ class BankConfig(Section):
 
     num_neighbours: Annotated[int, Field(ge=1, le=64)]  # k
     momentum: Annotated[float, Field(ge=0, lt=1)]  # share of the old row that is kept
+    sharded: bool  # rows are divided among the processes, for banks that do not fit one GPU
 
 
 class ObjectiveConfig(Section):

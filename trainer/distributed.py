@@ -25,6 +25,7 @@ from trainer.launch import Launch, RankError, meeting_place
 # What the ranks may wait for each other outside of the training steps: one of them may still be
 # reading images, measure accuracy or write a checkpoint. 30 minutes is torch's own for gloo.
 HOST_TIMEOUT = timedelta(minutes=30)
+PIECE_BYTES = 64 * 2**20  # of a divided bank that travel at a time when it is saved or restored
 
 Result = TypeVar("Result")
 
@@ -57,7 +58,7 @@ class Ranks:
 
     def share(self, count: int) -> slice:
         """The part of `count` things that is this rank's; the parts are in the ranks' order."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return self._share_of(self.rank, count)
 
     def gathered(self, value: Result) -> list[Result]:
         """The values of all ranks in their order, on every rank; pickled, so for small things."""
@@ -132,6 +133,62 @@ class Ranks:
             for part, column in zip(parts, columns, strict=True)
         ]
 
+    def summed(self, own: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, of one shape and dtype, the same bits on every rank."""
+        if self.size == 1:
+            return own.detach()
+        total = own.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def share_of_sum(self, own: Tensor) -> Tensor:
+        """This rank's share of the first dimension of the sum of all ranks' tensors."""
+        if self.size == 1:
+            return own.detach()
+        if own.device.type != "cuda" or len(own) % self.size:  # gloo and uneven shares: not there
+            return self.summed(own)[self.share(len(own))]
+        part = own.new_empty(len(own) // self.size, *own.shape[1:])
+        dist.reduce_scatter_tensor(part, own.detach().contiguous(), group=self.group)
+        return part
+
+    def collect(self, own: Tensor, total: int) -> Tensor | None:
+        """Bring the shares of `total` rows together on rank 0's host, through the host, in pieces.
+
+        Returns:
+            the rows of all on rank 0, None on the others.
+        """
+        if not self.is_first:
+            for piece in _pieces(own, slice(0, len(own))):
+                dist.send(own[piece].detach().cpu().contiguous(), dst=0)
+            return None
+        whole = torch.empty(total, *own.shape[1:], dtype=own.dtype)
+        whole[self.share(total)] = own.detach().cpu()
+        for rank in range(1, self.size):
+            for piece in _pieces(own, self._share_of(rank, total)):
+                dist.recv(whole[piece], src=rank)
+        return whole
+
+    @torch.no_grad()
+    def hand_out(self, read: Callable[[slice], Tensor] | None, own: Tensor, total: int) -> None:
+        """Fill each rank's share of `total` rows, through the host, in pieces.
+
+        Args:
+            read: gives rows on the host; called on rank 0 alone, None on the others.
+            own: this rank's share, overwritten.
+        """
+        if read is None:
+            for piece in _pieces(own, slice(0, len(own))):
+                received = torch.empty_like(own[piece], device="cpu")
+                dist.recv(received, src=0)
+                own[piece] = received.to(own.device)
+            return
+        first = self.share(total)
+        for piece in _pieces(own, first):
+            own[piece.start - first.start : piece.stop - first.start] = read(piece).to(own.device)
+        for rank in range(1, self.size):
+            for piece in _pieces(own, self._share_of(rank, total)):
+                dist.send(read(piece).contiguous(), dst=rank)
+
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors in place with those of rank 0."""
         if self.size == 1:
@@ -177,6 +234,9 @@ class Ranks:
         group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
         assert not isinstance(group, int)  # torch's sign for a process that is not in the group
         return Ranks(self.launch, group)
+
+    def _share_of(self, rank: int, count: int) -> slice:
+        return slice(count * rank // self.size, count * (rank + 1) // self.size)
 
     def close(self) -> None:
         """Part from the others, in order; after an error there is nobody to wait for."""
@@ -228,6 +288,14 @@ def _wrap(encoder: nn.Module, group: dist.ProcessGroup) -> Iterator[nn.Module]:
 def _wrap_joint(encoder: nn.Module, group: dist.ProcessGroup) -> Iterator[nn.Module]:
     with joint_batch_norm(encoder, group), _wrap(encoder, group) as network:
         yield network
+
+
+def _pieces(rows: Tensor, part: slice) -> Iterator[slice]:
+    """Cut a range of rows like these into ranges of PIECE_BYTES."""
+    row_bytes = rows.element_size() * rows[:1].numel()
+    count = max(1, PIECE_BYTES // max(1, row_bytes))
+    for start in range(part.start, part.stop, count):
+        yield slice(start, min(start + count, part.stop))
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ written with the joined batch in its order, so that all banks stay equal.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from trainer.schedule import (
     steps_per_epoch,
     view_generator,
 )
+from trainer.sharded_bank import replicated, whole_state
 from trainer.step import FIGURES, StepFigures, TrainingStep, read_figures
 from trainer.stock import CropStock
 
@@ -78,12 +79,13 @@ class Pretraining:
             running=running.as_dict(),
             metrics=self.journal.lines,
         )
-        return self.ranks.from_first(lambda: self._write(progress))
+        bank = whole_state(self.state.bank, self.ranks)
+        return self.ranks.from_first(lambda: self._write(progress, bank))
 
-    def _write(self, progress: SavedProgress) -> Path:
+    def _write(self, progress: SavedProgress, bank: Mapping[str, Tensor] | None) -> Path:
         position, keep = progress.position, self.recipe.checkpoint.keep
         try:
-            return save_checkpoint(self.checkpoints, self.state, progress, keep=keep)
+            return save_checkpoint(self.checkpoints, self.state, progress, keep=keep, bank=bank)
         except OSError as error:
             good = checkpoints(self.checkpoints)
             last = f"the last good checkpoint is {good[0]}" if good else "there is none yet"
@@ -219,6 +221,8 @@ def _check_finite(figures: StepFigures, position: Position) -> None:
 def _check_equal(run: Pretraining, epoch: int) -> None:
     """Compare the bank and the weights of all ranks; they must be equal to the last bit.
 
+    Of a divided bank that is the graph, by which all ranks find the same positives.
+
     Raises:
         TrainingFailed: on every rank, before anything of them is saved.
     """
@@ -226,7 +230,7 @@ def _check_equal(run: Pretraining, epoch: int) -> None:
     if ranks.size == 1:
         return
     own = {
-        "memory bank": int(digest([state.bank.embeddings, state.bank.neighbours])),
+        "memory bank": int(digest(replicated(state.bank))),
         "weights": int(digest(list(state.encoder.parameters()))),
     }
     everywhere = ranks.gathered(own)

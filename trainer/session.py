@@ -16,7 +16,7 @@ from trainer.checkpoint import Checkpoint, TrainingState, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import DataError, ImageSource, open_source, split
 from trainer.decoding import MAX_WORKERS, DecodePool, Survey, survey
-from trainer.distributed import Ranks
+from trainer.distributed import ALONE, Ranks
 from trainer.encoder import build_encoder
 from trainer.export import export_bundle
 from trainer.inspection import build_inspector
@@ -30,6 +30,7 @@ from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import InputContract
 from trainer.request import agree_on_request, resolve_device
 from trainer.run_folder import Journal, Metrics, OutputError, RunFolder
+from trainer.sharded_bank import BankShard, replicated, restore_rows
 from trainer.step import loss_config
 from trainer.stock import CropStock
 from trainer.training_report import write_training_report
@@ -121,16 +122,12 @@ def train_and_export(
             seed=resolved.seed,
             ranks=ranks,
         )
-        state = build(resolved, len(divided.train), device)
+        state = build(resolved, len(divided.train), device, ranks)
         progress = None
         if checkpoint is not None:
-            if ranks.is_first:
-                checkpoint.restore(state)
             progress = checkpoint.progress
             say(f"going on from {checkpoint.directory.name}")
-        # The seed makes equal ones everywhere; this holds whatever the hosts' libraries do.
-        ranks.copy_from_first([*state.encoder.state_dict().values(), *state.bank.buffers()])
-        ranks.copy_optimiser_from_first(state.optimiser)
+        begin_from(checkpoint, state, ranks)
         clock = time.monotonic()
         writes_to = folder if ranks.is_first else None
         with Journal(writes_to, progress.metrics if progress else ()) as journal:
@@ -259,15 +256,20 @@ def decoders(asked: int | Literal["auto"], ranks: Ranks) -> int | Literal["auto"
     return max(1, min(MAX_WORKERS, cores // ranks.launch.local_size))
 
 
-def build(recipe: Recipe, num_images: int, device: torch.device) -> TrainingState:
-    """Encoder, bank and optimiser, as the seed makes them."""
+def build(
+    recipe: Recipe, num_images: int, device: torch.device, ranks: Ranks = ALONE
+) -> TrainingState:
+    """Encoder, bank (or this rank's part of it) and optimiser, as the seed makes them."""
     random.seed(recipe.seed)
     np.random.seed(recipe.seed % 2**32)  # what numpy's global generator can take
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.encoder)
-    bank = MemoryBank(
-        num_images, recipe.encoder.dim, recipe.bank.num_neighbours, recipe.bank.momentum
-    )
+    form = (num_images, recipe.encoder.dim, recipe.bank.num_neighbours, recipe.bank.momentum)
+    if recipe.bank.sharded and ranks.size > 1:
+        share = ranks.share(num_images)
+        bank: MemoryBank = BankShard(*form, held=range(share.start, share.stop))
+    else:
+        bank = MemoryBank(*form)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(
         encoder.parameters(),
@@ -276,6 +278,17 @@ def build(recipe: Recipe, num_images: int, device: torch.device) -> TrainingStat
         weight_decay=recipe.optim.weight_decay,  # of every parameter, as the authors' code
     )
     return TrainingState(encoder, bank.to(device), optimiser)
+
+
+def begin_from(checkpoint: Checkpoint | None, state: TrainingState, ranks: Ranks) -> None:
+    """Bring all ranks into the state of the checkpoint, or of the seed; rank 0 alone reads."""
+    if checkpoint is not None:
+        if ranks.is_first:
+            checkpoint.restore(state)
+        restore_rows(state.bank, checkpoint.bank_rows if ranks.is_first else None, ranks)
+    # The seed makes equal ones everywhere; this holds whatever the hosts' libraries do.
+    ranks.copy_from_first([*state.encoder.state_dict().values(), *replicated(state.bank)])
+    ranks.copy_optimiser_from_first(state.optimiser)
 
 
 def input_contract(recipe: Recipe) -> InputContract:

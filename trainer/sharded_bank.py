@@ -90,11 +90,20 @@ def whole_state(bank: MemoryBank, ranks: Transport) -> Mapping[str, Tensor] | No
     return None if rows is None else bank.state_dict() | {"embeddings": rows}
 
 
-@torch.no_grad()
-def restore_rows(bank: BankShard, read: Callable[[slice], Tensor] | None, ranks: Transport) -> None:
-    """Fill the shards of all ranks; every rank calls this.
+def restore_rows(
+    bank: MemoryBank, read: Callable[[slice], Tensor] | None, ranks: Transport
+) -> None:
+    """Fill the shards of all ranks, where the bank is divided; every rank calls this.
 
     Args:
         read: on rank 0, gives rows of the whole bank; None elsewhere.
     """
-    ranks.hand_out(read, bank.embeddings, bank.num_images)
+    if isinstance(bank, BankShard):
+        ranks.hand_out(read, bank.embeddings, bank.num_images)
+
+
+def replicated(bank: MemoryBank) -> list[Tensor]:
+    """The tensors of a bank of which every rank holds a copy."""
+    if isinstance(bank, BankShard):
+        return [bank.neighbours]
+    return [bank.embeddings, bank.neighbours]

@@ -16,6 +16,8 @@ from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.monitor import spread
 from trainer.objective import LossConfig, Objective, objective
+from trainer.sharded_bank import BankShard
+from trainer.sharded_objective import sharded_objective
 
 # Means over the batch; what is summed over an epoch.
 FIGURES = ("loss", "instance", "invariance", "reached", "hard_share", "spread")
@@ -68,14 +70,18 @@ class TrainingStep:
             finite has spoilt the weights already: nothing may be saved before it was read.
         """
         embeddings = self._embed(pixels)
-        found = self._find(indices[self._share], embeddings)
+        found, shared = self._find(indices, embeddings)
         # Left out, not multiplied by 0: 0 times an infinite loss is no number.
         loss = found.instance + weight * found.invariance if weight else found.instance
         # One exchange carries all that the ranks need of each other, also whether one is to stop.
         asked = torch.full((1,), self._asked(), device=pixels.device)
-        joined, nearest, means, signals = self._ranks.joined(
-            embeddings, found.nearest, _means(found, loss)[None], asked
-        )
+        if shared is None:
+            joined, nearest, means, signals = self._ranks.joined(
+                embeddings, found.nearest, _means(found, loss)[None], asked
+            )
+        else:
+            joined, nearest = shared, found.nearest
+            means, signals = self._ranks.joined(_means(found, loss)[None], asked)
         figures = [*means.mean(dim=0), spread(joined).float(), signals.amax().float()]
         optimiser = self._state.optimiser
         optimiser.zero_grad(set_to_none=True)
@@ -92,9 +98,17 @@ class TrainingStep:
             ).embedding
         return embeddings
 
-    def _find(self, own: Tensor, embeddings: Tensor) -> Objective:
-        """The one place where bank and graph are read: (b,), (b, D) of this rank."""
-        return objective(self._state.bank, own, embeddings, self._losses)
+    def _find(self, indices: Tensor, embeddings: Tensor) -> tuple[Objective, Tensor | None]:
+        """The one place where bank and graph are read: (B,) of the joined batch, (b, D) own ones.
+
+        Returns:
+            what was found for this rank's share. Of a divided bank: for the joined batch, with its
+            (B, D) embeddings.
+        """
+        bank = self._state.bank
+        if isinstance(bank, BankShard):
+            return sharded_objective(bank, indices, embeddings, self._losses, self._ranks)
+        return objective(bank, indices[self._share], embeddings, self._losses), None
 
     def _write(self, indices: Tensor, embeddings: Tensor, nearest: Tensor) -> None:
         """The one place where they are written: (B,), (B, D), (B, K+1) of the joined batch."""
@@ -116,8 +130,8 @@ def loss_config(recipe: Recipe) -> LossConfig:
 
 def _means(found: Objective, loss: Tensor) -> Tensor:
     """(F,) float32: the step's figures but for the last, each a mean over the images."""
-    reached = (found.reached >= 0).sum(dim=1)  # (b,)
-    hard = (found.hard_positives >= 0).sum(dim=1)  # (b,)
+    reached = (found.reached >= 0).sum(dim=1)  # (b,), or (B,) where the bank is divided
+    hard = (found.hard_positives >= 0).sum(dim=1)  # the same
     values = (
         loss.detach(),
         found.instance.detach(),

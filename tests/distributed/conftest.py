@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,20 @@ Process = subprocess.Popen[str]
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
+    """See `_starting`."""
+    with _starting() as begin:
+        yield begin
+
+
+@pytest.fixture(scope="module")
+def start_for_module() -> Iterator[Callable[..., Process]]:
+    """See `_starting`."""
+    with _starting() as begin:
+        yield begin
+
+
+@contextmanager
+def _starting() -> Iterator[Callable[..., Process]]:
     """Start `python WORDS` from the root of the repository; what still runs at the end is killed.
 
     Its output is one text stream. `rank` and `size` are put into the environment as torchrun does,

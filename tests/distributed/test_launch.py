@@ -92,18 +92,18 @@ def _figures(output: Path) -> list[dict[str, Any]]:
 def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(
     images: Path, tmp_path: Path, start: Start
 ) -> None:
-    words = [*TINY, "epochs=24", "checkpoint.every_epochs=2"]
+    words = [*TINY, "epochs=12", "checkpoint.every_epochs=2", "bank.sharded=true"]
     whole = start([*_torchrun(), *_words(images, tmp_path / "whole", *words)])
-    said, _ = whole.communicate(timeout=60)
+    said, _ = whole.communicate(timeout=100)
     assert whole.returncode == 0, said
-    assert said.count("epoch 1/24") == 1  # rank 0 alone speaks
+    assert said.count("epoch 1/12") == 1  # rank 0 alone speaks
     assert "2 processes" in said
     assert open_bundle(tmp_path / "whole" / "bundle").gallery().ids
 
     killed = start([*_torchrun("--max-restarts=1"), *_words(images, tmp_path / "cut", *words)])
-    _until(killed, "epoch 3/24")
+    _until(killed, "epoch 3/12")
     _ranks(killed)[1].kill()
-    said, _ = killed.communicate(timeout=60)
+    said, _ = killed.communicate(timeout=100)
     assert killed.returncode == 0, said
     assert "going on from epoch-" in said
     one, other = _state(tmp_path / "whole"), _state(tmp_path / "cut")
@@ -165,6 +165,7 @@ def test_ranks__that_were_started_differently_are_refused(
     output = tmp_path / "run"
     for data, more, told in (
         (images, ["optim.lr=0.5"], "optim.lr is 0.03 on rank 0, 0.5 on rank 1. Start all of them"),
+        (images, ["bank.sharded=true"], "bank.sharded is false on rank 0, true on rank 1."),
         (other, [], "the fingerprint of the images is"),
     ):
         (first, said), (second, silent) = _pair(
