@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from trainer.bank_memory import check_bank_fits
 from trainer.checkpoint import Checkpoint, TrainingState, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import DataError, ImageSource, open_source, split
@@ -84,6 +85,7 @@ def train_and_export(
             {"the device": device.type, "the fingerprint of the images": found.source.fingerprint},
             "Every process needs the same images under --data, and the same kind of device",
         )
+        check_bank_fits(resolved, len(divided.train), device, ranks)
         ranks = ranks.open_training(device, resolved.distributed.timeout_s)
         checkpoint = ranks.from_first(
             lambda: open_checkpoint(folder, found, ranks) if request.resume else None
