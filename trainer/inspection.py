@@ -22,10 +22,12 @@ from trainer.decoding import DecodePool, prepare_all
 from trainer.distributed import ALONE, Ranks
 from trainer.encoder import Encoder, embed_images
 from trainer.memory_bank import MemoryBank
-from trainer.objective import LossConfig, objective
+from trainer.objective import LossConfig, objective, similarities_to
 from trainer.representation.preprocess import InputContract
 from trainer.representation.propagation import propagate_paths
 from trainer.search import places, top_m
+from trainer.sharded_bank import BankShard
+from trainer.sharded_objective import Exchange, among_whole_bank, sharded_objective
 
 IMAGES_PER_ANCHOR = 8  # bounds the cost on small sets ...
 FEW_ANCHORS = 64  # ... unless that leaves fewer than these, which cost next to nothing
@@ -133,6 +135,7 @@ class Inspector:
                 torch.from_numpy(own[part]).to(device),
                 torch.from_numpy(embedded[part]).to(device),
                 self.config,
+                self.ranks,
             )
             for part in parts
         ]
@@ -171,14 +174,23 @@ def rank_anchors(anchors: NDArray[np.int64], ranks: Ranks) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def look(bank: MemoryBank, anchors: Tensor, embeddings: Tensor, config: LossConfig) -> Inspection:
+def look(
+    bank: MemoryBank,
+    anchors: Tensor,
+    embeddings: Tensor,
+    config: LossConfig,
+    ranks: Exchange = ALONE,
+) -> Inspection:
     """Propagate from some anchors with the code that trains, and look around.
 
     Args:
         bank: not changed.
         anchors: (B,) int64 seats.
         embeddings: (B, D) float32 of unit length, their images' now.
+        ranks: a divided bank is looked at together, by as many anchors on each rank.
     """
+    if isinstance(bank, BankShard):
+        return _look_together(bank, anchors, embeddings, config, ranks)
     paths = propagate_paths(bank.graph(), anchors, config.steps)
     chosen = objective(bank, anchors, embeddings, config).hard_positives  # (B, P)
     there = paths.ids >= 0
@@ -201,6 +213,42 @@ def look(bank: MemoryBank, anchors: Tensor, embeddings: Tensor, config: LossConf
         in_top=(there & (place[:, 1:] < width)).cpu().numpy(),
         background=np.stack(list(_counts(around, negative))),
         background_sum=np.where(negative, around, 0).sum(axis=1, dtype=np.float64),
+    )
+
+
+def _look_together(
+    bank: BankShard, anchors: Tensor, embeddings: Tensor, config: LossConfig, ranks: Exchange
+) -> Inspection:
+    """What `look` says of this rank's anchors; each rank asks its own rows, for those of all."""
+    everyone, queries = ranks.joined(anchors, embeddings)
+    paths = propagate_paths(bank.graph(), everyone, config.steps)
+    chosen = sharded_objective(bank, everyone, embeddings, config, ranks).found.hard_positives
+    there = paths.ids >= 0
+    picked = there & (paths.ids[:, :, None] == chosen[:, None, :]).any(dim=2)  # (B, W)
+    ids = torch.cat([everyone[:, None], paths.ids], dim=1)  # (B, 1 + W)
+    here = (ids >= bank.held.start) & (ids < bank.held.stop)
+    ids = torch.where(here, ids - bank.held.start, -1)
+    known = ranks.summed(similarities_to(queries, bank.embeddings, ids).masked_fill(~here, 0.0))
+    found = top_m(queries, bank.embeddings, config.num_background)
+    members, _ = among_whole_bank(found, bank, config.num_background, ranks)
+    place = places(found, ids)
+    member = torch.nn.functional.pad(members, (0, 1))  # none past the end
+    in_top = ranks.summed(member.gather(1, place[:, 1:]).int()) > 0
+    negative = member.scatter(1, place, False)[:, :-1].cpu().numpy()
+    around = found.similarities.cpu().numpy()
+    counts = torch.from_numpy(np.stack(list(_counts(around, negative)))).to(queries.device)
+    sums = torch.from_numpy(np.where(negative, around, 0).sum(axis=1, dtype=np.float64))
+    background, total = ranks.summed(counts), ranks.summed(sums.to(queries.device))
+    own = slice(len(anchors) * ranks.rank, len(anchors) * (ranks.rank + 1))
+    return Inspection(
+        anchors=anchors.cpu().numpy(),
+        reached=paths.ids[own].cpu().numpy(),
+        hops=paths.steps[own].cpu().numpy(),
+        similarities=known[own, 1:].cpu().numpy(),
+        chosen=picked[own].cpu().numpy(),
+        in_top=in_top[own].cpu().numpy(),
+        background=background[own].cpu().numpy(),
+        background_sum=total[own].cpu().numpy(),
     )
 
 

@@ -109,23 +109,26 @@ def _objective(
         )
 
         found = top_m(queries, rows, config.num_background)
-        found = found._replace(similarities=found.similarities + 0.0)  # no -0.0: order_keys
-        members, neighbours = _of_whole_bank(found, bank, config.num_background, ranks)
-        logits = torch.where(members, found.similarities / temperature, -torch.inf)
-        columns = places(found, place)  # (B, 1 + W), past the end what is not among the found
+        members, neighbours = among_whole_bank(found, bank, config.num_background, ranks)
+        # One column more, which is in no set: what is not among the found is taken out there.
+        logits = found.similarities.new_full((len(queries), found.ids.shape[1] + 1), -torch.inf)
+        logits[:, :-1] = torch.where(members, found.similarities / temperature, -torch.inf)
+        columns = places(found, place)  # (B, 1 + W)
         if config.mode == "paper":
-            sets = [_without(logits, columns[:, :1]), _without(logits, columns)]
+            logits.scatter_(1, columns[:, :1], -torch.inf)  # N_M - {i}
+            sets = [logits, logits.scatter(1, columns, -torch.inf)]  # N_neg = N_M - {i} - N(i)
         else:
             sets = [logits]
-        sums = torch.stack([each.logsumexp(dim=1) for each in sets], dim=1)  # (B, S)
+        exponentials = [scaled_exponentials(each) for each in sets]
+        sums = torch.stack([each.log_sum for each in exponentials], dim=1)  # (B, S)
         # In the order of the ranks, whatever the exchange: the same bits on all.
         sums = ranks.joined(sums[None])[0].logsumexp(dim=0)
-        shares = [share_of_exponentials(each, sums[:, i]) for i, each in enumerate(sets)]
+        shares = [(each.values, each.share_of(sums[:, i])) for i, each in enumerate(exponentials)]
         mine = (chosen >= first) & (chosen < bank.held.stop)
-        looked_at = torch.cat([place[:, :1], torch.where(mine, chosen - first, -1), found.ids], 1)
+        direct = torch.cat([place[:, :1], torch.where(mine, chosen - first, -1)], dim=1)
         seen = torch.cat([own_similarity, chosen_similarities, temperature * sums], dim=1)
     own, positives, background = _SimilarityToShards.apply(
-        embeddings, rows, looked_at, shares, seen, ranks
+        embeddings, seen, (rows, direct, found.ids), shares, ranks
     ).split([1, chosen.shape[1], len(sets)], dim=1)
     # A set of rows competes like one row whose exponential is their sum.
     instance, invariance = both_losses(
@@ -138,12 +141,59 @@ def _objective(
     return JoinedObjective(Objective(instance, invariance, reached, chosen, neighbours), queries)
 
 
-def share_of_exponentials(logits: Tensor, total: Tensor) -> Tensor:
-    """(B, m) logits, -inf for none, and (B,) log of the sum over all ranks -> exp(logit - total).
+def among_whole_bank(
+    found: TopM, bank: BankShard, num_background: int, ranks: Exchange
+) -> tuple[Tensor, Tensor]:
+    """Compare what each rank found among its own rows.
 
-    These are the weights of the rows in the gradient of `total`; 0 in a set that is empty.
+    Args:
+        found: the M nearest of this rank's rows, by their places there.
+        num_background: M.
+
+    Returns:
+        (B, m) bool, which of the found are among the M nearest of all; (B, K+1) the nearest ids of
+        all, on every rank.
     """
-    return (logits - torch.where(total == -torch.inf, 0.0, total)[:, None]).exp()
+    wanted = min(num_background, bank.num_images)
+    keys = order_keys(found.similarities)
+    bracket = _threshold(keys, wanted, ranks)
+    ties = (keys == bracket.low[:, None]).sum(dim=1, dtype=torch.int32)
+    count = bank.num_neighbours + 1
+    ids = nearest(found, count)  # (B, K+1) places among the rows of this rank
+    columns = places(found, ids)
+    none = found.similarities.new_full((len(ids), 1), -torch.inf)
+    best = torch.cat([found.similarities, none], dim=1).gather(1, columns)
+    all_ties, all_best = ranks.joined(ties[None], best[None] + 0.0)  # no -0.0, see order_keys
+    taken = ties_taken(all_ties, bracket.above, ranks.rank, wanted)
+    members = among_largest(keys, bracket.low, taken)
+
+    rank, place = best_of_all(all_best, min(count, wanted))
+    picked = ids.gather(1, place)
+    own = torch.where((rank == ranks.rank) & (picked >= 0), picked + bank.held.start + 1, 0)
+    neighbours = nn.functional.pad(own, (0, count - own.shape[1]))  # fewer than K+1 are wanted
+    return members, ranks.summed(neighbours) - 1
+
+
+class Exponentials(NamedTuple):
+    """exp(logits) of a rank's part of a set, so scaled that the largest is 1."""
+
+    values: Tensor  # (B, m), 0 where there is none
+    log_scale: Tensor  # (B,) finite
+    log_sum: Tensor  # (B,) of the unscaled ones, -inf for none
+
+    def share_of(self, total: Tensor) -> Tensor:
+        """(B,) log of the sum over all ranks -> (B,) what `values` are to be multiplied with.
+
+        The products are the weights of the rows in the gradient of `total`.
+        """
+        return (self.log_scale - _finite(total)).exp()
+
+
+def scaled_exponentials(logits: Tensor) -> Exponentials:
+    """(B, m) logits, -inf for none -> their exponentials."""
+    largest = _finite(logits.amax(dim=1))
+    values = (logits - largest[:, None]).exp_()
+    return Exponentials(values, largest, values.sum(dim=1).log() + largest)
 
 
 def best_of_all(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -163,30 +213,6 @@ def best_of_all(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order // width, order % width
 
 
-def _of_whole_bank(
-    found: TopM, bank: BankShard, num_background: int, ranks: Exchange
-) -> tuple[Tensor, Tensor]:
-    """(B, m) which of the found are among the M nearest of all, and (B, K+1) the nearest ids."""
-    wanted = min(num_background, bank.num_images)
-    keys = order_keys(found.similarities)
-    bracket = _threshold(keys, wanted, ranks)
-    ties = (keys == bracket.low[:, None]).sum(dim=1, dtype=torch.int32)
-    count = bank.num_neighbours + 1
-    ids = nearest(found, count)  # (B, K+1) places among the rows of this rank
-    columns = places(found, ids)
-    none = found.similarities.new_full((len(ids), 1), -torch.inf)
-    best = torch.cat([found.similarities, none], dim=1).gather(1, columns)
-    all_ties, all_best = ranks.joined(ties[None], best[None])
-    taken = ties_taken(all_ties, bracket.above, ranks.rank, wanted)
-    members = among_largest(keys, bracket.low, taken)
-
-    rank, place = best_of_all(all_best, min(count, wanted))
-    picked = ids.gather(1, place)
-    own = torch.where((rank == ranks.rank) & (picked >= 0), picked + bank.held.start + 1, 0)
-    neighbours = nn.functional.pad(own, (0, count - own.shape[1]))  # fewer than K+1 are wanted
-    return members, ranks.summed(neighbours) - 1
-
-
 def _threshold(keys: Tensor, wanted: int, ranks: Exchange) -> Bracket:
     """The key that `wanted` keys of all ranks reach, for each of B queries."""
     lists = ascending(keys)
@@ -198,10 +224,9 @@ def _threshold(keys: Tensor, wanted: int, ranks: Exchange) -> Bracket:
     return bracket
 
 
-def _without(logits: Tensor, columns: Tensor) -> Tensor:
-    """Take columns out of each row; the one past the end takes nothing out."""
-    padded = nn.functional.pad(logits, (0, 1), value=-torch.inf)
-    return padded.scatter(1, columns, -torch.inf)[:, :-1]
+def _finite(values: Tensor) -> Tensor:
+    """0 in place of -inf, the log of an empty sum."""
+    return torch.where(values == -torch.inf, 0.0, values)
 
 
 class _SimilarityToShards(torch.autograd.Function):
@@ -215,26 +240,39 @@ class _SimilarityToShards(torch.autograd.Function):
     def forward(
         ctx: Any,
         embeddings: Tensor,
-        rows: Tensor,
-        places: Tensor,
-        shares: list[Tensor],
         known: Tensor,
+        looked_at: tuple[Tensor, Tensor, Tensor],
+        shares: list[tuple[Tensor, Tensor]],
         ranks: Exchange,
     ) -> Tensor:
-        """(b, D), (H, D), (B, 1 + P + m) rows, S of (B, m), (B, 1 + P + S) -> the last again."""
-        ctx.save_for_backward(rows, places, *shares)
+        """Give `known` back.
+
+        Args:
+            embeddings: (b, D).
+            known: (B, 1 + P + S) similarities to single rows, and to S sets of rows.
+            looked_at: (H, D) rows, (B, 1 + P) single ones among them, (B, m) members of the sets.
+            shares: for each set (B, m + 1) exponentials and (B,) their scale.
+        """
+        ctx.save_for_backward(*looked_at, *(each for pair in shares for each in pair))
         ctx.ranks = ranks
         return known
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         """(B, 1 + P + S) -> (b, D)."""
-        rows, places, *shares = ctx.saved_tensors
+        rows, direct, members, *shares = ctx.saved_tensors
         gradient = gradients[0].to(rows.dtype)
-        direct = places.shape[1] - shares[0].shape[1]  # 1 + P columns that are rows by themselves
-        weights = [torch.where(places[:, :direct] >= 0, gradient[:, :direct], 0.0)]
-        weights.append(sum(share * gradient[:, direct + i, None] for i, share in enumerate(shares)))
-        total = nn.functional.embedding_bag(
-            places.clamp(min=0), rows, per_sample_weights=torch.cat(weights, dim=1), mode="sum"
+        width = direct.shape[1]
+        total = _weighted_sums(
+            rows, direct.clamp(min=0), torch.where(direct >= 0, gradient[:, :width], 0.0)
         )
-        return ctx.ranks.share_of_sum(total) * ctx.ranks.size, None, None, None, None, None
+        weights = torch.zeros(members.shape, dtype=rows.dtype, device=rows.device)
+        for i, (values, scale) in enumerate(zip(shares[::2], shares[1::2], strict=True)):
+            weights.addcmul_(values[:, :-1], (gradient[:, width + i] * scale)[:, None])
+        total += _weighted_sums(rows, members, weights)
+        return ctx.ranks.share_of_sum(total) * ctx.ranks.size, None, None, None, None
+
+
+def _weighted_sums(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """(H, D), (B, C) and (B, C) -> (B, D)."""
+    return nn.functional.embedding_bag(ids, rows, per_sample_weights=weights, mode="sum")

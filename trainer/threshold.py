@@ -31,7 +31,8 @@ class Bracket(NamedTuple):
 def order_keys(similarities: Tensor) -> Tensor:
     """float32 -> int32 in the same order; 0.0 and -0.0 are equal, as they are as numbers."""
     bits = (similarities + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of negative ones is turned round
+    turned = (bits >> 31).bitwise_and_(0x7FFFFFFF)  # the order of negative ones is turned round
+    return bits.bitwise_xor_(turned)
 
 
 def ascending(keys: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.reference.threads import Threads, together
 from trainer.config import MonitorConfig
 from trainer.datasets import open_source
 from trainer.decoding import DecodePool
@@ -29,6 +30,7 @@ from trainer.launch import Launch
 from trainer.memory_bank import MemoryBank
 from trainer.objective import LossConfig
 from trainer.representation.preprocess import InputContract
+from trainer.sharded_bank import BankShard
 
 CPU = torch.device("cpu")
 LABELS = np.array([0, 0, 1, 0, 1, 1, 1])
@@ -218,3 +220,31 @@ def test_inspection__of_several_parts_is_one(bank: MemoryBank) -> None:
         *(np.concatenate(each) for each in zip(*(vars(p).values() for p in parts), strict=True))
     )
     assert joined.figures(LABELS) == pytest.approx(both.figures(LABELS))
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_look__at_a_divided_bank_sees_what_the_whole_one_shows(size: int, mode: str) -> None:
+    generator = torch.Generator().manual_seed(size)
+    whole = MemoryBank(31, 4, 3, generator=generator)
+    whole.neighbours.copy_(torch.randint(-1, 31, (31, 3), generator=generator))
+    anchors = torch.randperm(31, generator=generator)[:6]
+    embeddings = torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=1)
+    config = _config(mode=mode, num_background=11, num_positives=3)
+
+    def one(ranks: Threads) -> Inspection:
+        held = range(31 * ranks.rank // size, 31 * (ranks.rank + 1) // size)
+        shard = BankShard(31, 4, 3, held=held)
+        shard.embeddings.copy_(whole.embeddings[held.start : held.stop])
+        shard.neighbours.copy_(whole.neighbours)
+        own = slice(6 * ranks.rank // size, 6 * (ranks.rank + 1) // size)
+        return look(shard, anchors[own], embeddings[own], config, ranks)
+
+    parts = together(size, one)
+    wanted = look(whole, anchors, embeddings, config)
+    for name in Inspection.__dataclass_fields__:
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        if joined.dtype.kind == "f":
+            assert np.allclose(joined, getattr(wanted, name), atol=1e-5), name
+        else:
+            assert np.array_equal(joined, getattr(wanted, name)), name

@@ -11,7 +11,7 @@ from tests.reference.threads import Threads, together
 from trainer.memory_bank import MemoryBank
 from trainer.objective import LossConfig, Objective, objective
 from trainer.sharded_bank import BankShard
-from trainer.sharded_objective import best_of_all, sharded_objective, share_of_exponentials
+from trainer.sharded_objective import best_of_all, scaled_exponentials, sharded_objective
 
 BATCH, DIM, K = 12, 5, 3
 BOTH = 0.6  # weight of the invariance loss in the gradients that are compared
@@ -188,12 +188,14 @@ def test_sharded__bytes_are_those_of_the_docstring() -> None:
     assert together(4, one) == [(BATCH * each, 14)] * 4
 
 
-def test_share_of_exponentials__weights_sum_to_the_rank_s_part() -> None:
-    logits = torch.tensor([[0.0, 1.0, -torch.inf], [-torch.inf] * 3])
-    total = torch.tensor([2.0, -torch.inf])
-    shares = share_of_exponentials(logits, total)
-    wanted = torch.tensor([[-2.0, -1.0, -torch.inf], [-torch.inf] * 3]).exp()
-    torch.testing.assert_close(shares, wanted)
+def test_scaled_exponentials__of_parts_give_the_weights_in_the_whole() -> None:
+    logits = torch.tensor([[0.0, 400.0, -torch.inf, 399.0], [-torch.inf] * 4, [-500.0, 1, 2, 3]])
+    parts = [scaled_exponentials(logits[:, :2]), scaled_exponentials(logits[:, 2:])]
+    total = torch.stack([each.log_sum for each in parts]).logsumexp(dim=0)
+    torch.testing.assert_close(total, logits.logsumexp(dim=1))
+    weights = [each.values * each.share_of(total)[:, None] for each in parts]
+    wanted = logits.softmax(dim=1).nan_to_num(0.0)  # nothing in a set that is empty
+    torch.testing.assert_close(torch.cat(weights, dim=1), wanted)
 
 
 def test_best_of_all__of_equals_the_lowest_rank_and_place() -> None:
