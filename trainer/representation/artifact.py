@@ -1,8 +1,8 @@
 """A directory that is either whole or not there: bundles and checkpoints are written this way.
 
-In: named files as bytes. Out: a directory whose manifest.json holds the size and sha256 of each.
-Written under a temporary name, every file and the directory synchronised to disk, then renamed; an
-older one of the same name is exchanged for it in one step.
+In: named files as bytes, whole or in pieces. Out: a directory whose manifest.json holds the size
+and sha256 of each. Written under a temporary name, every file and the directory synchronised to
+disk, then renamed; an older one of the same name is exchanged for it in one step.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,12 +25,16 @@ _UNFINISHED = re.compile(r"\.(?P<name>.+)\.(new|old)-[0-9a-f]{12}")
 _HERE, _EXCHANGE = -100, 2
 
 
+# The content of a file: all of it, or pieces in their order, each asked for when it is written.
+Content = bytes | Iterable[bytes | memoryview]
+
+
 class ArtifactError(Exception):
     """A directory that is not what its manifest says; the message names the file."""
 
 
 def write_artifact(
-    directory: str | Path, files: Mapping[str, bytes], facts: Mapping[str, Any]
+    directory: str | Path, files: Mapping[str, Content], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write `files` and a manifest of `facts` plus their hashes as one directory, all or nothing.
 
@@ -50,20 +54,21 @@ def write_artifact(
         raise ArtifactError(
             f"{directory} exists and has no {MANIFEST}: it is not replaced; choose another name"
         )
-    manifest = dict(facts)
-    manifest["files"] = file_entries(files)
+    manifest: dict[str, Any] = dict(facts)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:12]
+    token = _token()
     fresh = directory.parent / f".{directory.name}.new-{token}"
     retired = directory.parent / f".{directory.name}.old-{token}"
     remove_unfinished(directory.parent, only=directory.name)
     placed = False
     try:
         fresh.mkdir()
+        entries = {}
         for name, content in files.items():
             path = fresh / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_synchronised(path, content)
+            entries[name] = _write_synchronised(path, content)
+        manifest["files"] = dict(sorted(entries.items()))
         _write_synchronised(fresh / MANIFEST, json.dumps(manifest, indent=1).encode())
         for folder, _, _ in os.walk(fresh):
             _synchronise_directory(Path(folder))
@@ -86,6 +91,17 @@ def write_artifact(
     return manifest
 
 
+def remove_artifact(directory: Path) -> None:
+    """Remove an artifact so that no half of it is ever seen under its name.
+
+    Raises:
+        OSError: it cannot be moved away; it stays whole.
+    """
+    retired = directory.with_name(f".{directory.name}.old-{_token()}")
+    directory.rename(retired)
+    shutil.rmtree(retired, ignore_errors=True)  # what is left, `remove_unfinished` takes
+
+
 def remove_unfinished(parent: str | Path, *, only: str | None = None) -> None:
     """Remove what writers that were killed left in `parent`; nobody may be writing there.
 
@@ -101,7 +117,7 @@ def remove_unfinished(parent: str | Path, *, only: str | None = None) -> None:
 def file_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     """What a manifest says of `files`: {name: {sha256, size_bytes}}, sorted by name."""
     return {
-        name: {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        name: _entry(hashlib.sha256(content).hexdigest(), len(content))
         for name, content in sorted(files.items())
     }
 
@@ -179,11 +195,26 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _write_synchronised(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
+def _token() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def _entry(sha256: str, size_bytes: int) -> dict[str, Any]:
+    return {"sha256": sha256, "size_bytes": size_bytes}
+
+
+def _write_synchronised(path: Path, content: Content) -> dict[str, Any]:
+    """Write a file and give its entry of the manifest, made of the very bytes that were written."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file:
+        for piece in (content,) if isinstance(content, bytes) else content:
+            left = memoryview(piece).cast("B")
+            digest.update(left)
+            size += len(left)
+            while left:
+                left = left[os.write(file.fileno(), left) :]
         os.fsync(file.fileno())
+    return _entry(digest.hexdigest(), size)
 
 
 def _synchronise_directory(path: Path) -> None:
