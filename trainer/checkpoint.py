@@ -1,18 +1,18 @@
 """All state of a training run on disk, so that it can go on as if it had never stopped.
 
 In: encoder, bank, optimiser, random generators, position, metrics. Out: a directory
-`epoch-0003-step-00123` of safetensors and JSON, nothing that can run code, written whole or not at
+`epoch-0003-step-000123` of safetensors and JSON, nothing that can run code, written whole or not at
 all; the newest few are kept, the newest that is undamaged is what a resumed run reads.
+trainer/checkpoint_writer.py does this beside the training steps.
 """
 
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -24,12 +24,15 @@ from trainer.encoder import Encoder
 from trainer.memory_bank import MemoryBank
 from trainer.representation.artifact import (
     ArtifactError,
+    Content,
     open_artifact,
+    remove_artifact,
     remove_unfinished,
     write_artifact,
 )
 from trainer.schedule import Position
 from trainer.sharded_bank import BankShard
+from trainer.snapshot import HostCopies, Snapshot, not_finite, safetensors_pieces
 
 SCHEMA = "invprop.checkpoint/1"
 ENCODER, BANK, OPTIMISER, RANDOM = (
@@ -41,6 +44,10 @@ _NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
 
 class CheckpointError(Exception):
     """Checkpoints that cannot be read; the message names the files."""
+
+
+class NotFiniteError(Exception):
+    """A state that must not be kept, as nothing could go on from it; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -101,59 +108,128 @@ class Checkpoint:
         return safetensors.safe_open(self.directory / BANK, framework="pt")
 
 
-def save_checkpoint(
-    directory: Path,
+class Retention(NamedTuple):
+    """Which checkpoints stay when a new one is in its place."""
+
+    keep: int  # the newest so many that are whole
+    keep_every_epochs: int  # the ends of every so many epochs, for good; 0: none
+    steps_per_epoch: int
+
+    def is_for_good(self, position: Position) -> bool:
+        """Whether a checkpoint of `position` is never removed."""
+        every = self.keep_every_epochs
+        return every > 0 and position.step == self.steps_per_epoch and position.epoch % every == 0
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Everything that goes into a checkpoint, as it was at one step."""
+
+    position: Position
+    values: Mapping[str, Any]  # of state.json
+    tensors: Snapshot
+
+
+def capture(
     state: TrainingState,
     progress: Progress,
+    copies: HostCopies,
     *,
-    keep: int,
     bank: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write a checkpoint below `directory` and remove all but the newest `keep`.
+) -> Capture:
+    """Copy all that a checkpoint holds, so that training may change it from now on.
 
     Args:
+        copies: buffers that no other capture uses any more.
         bank: the whole bank where `state` holds a part of it, see `whole_state`.
-
-    Raises:
-        OSError: the disk is full or not writable; what was there stays.
     """
     tensors: dict[str, Tensor] = {}
     optimiser = _flatten(state.optimiser.state_dict(), "", tensors)
     random_values, random_tensors = _random_state()
-    content = {
+    values = {
         "schema": SCHEMA,
         "position": list(progress.position),
         "recipe": dict(progress.recipe),
         "data_fingerprint": progress.data_fingerprint,
         "running": dict(progress.running),
-        "metrics": progress.metrics,
+        "metrics": list(progress.metrics),
         "optimiser": optimiser,
         "random": random_values,
     }
     files = {
-        ENCODER: _serialise(state.encoder.state_dict()),
-        BANK: _serialise(state.bank.state_dict() if bank is None else bank),
-        OPTIMISER: _serialise(tensors),
-        RANDOM: _serialise(random_tensors),
-        STATE: json.dumps(content).encode(),
+        ENCODER: state.encoder.state_dict(),
+        BANK: state.bank.state_dict() if bank is None else bank,
+        OPTIMISER: tensors,
+        RANDOM: random_tensors,
     }
-    epoch, step = progress.position
-    path = directory / f"epoch-{epoch:04d}-step-{step:06d}"
+    return Capture(progress.position, values, copies.take(files))
+
+
+def write_checkpoint(directory: Path, captured: Capture) -> Path:
+    """Write what was captured as a checkpoint below `directory`, all or nothing.
+
+    Raises:
+        OSError: the disk is full or not writable; what was there stays.
+        NotFiniteError: a tensor holds an infinite value or no number; nothing is written.
+    """
+    captured.tensors.wait()
+    for name, tensors in captured.tensors.files.items():
+        wrong = not_finite(tensors)
+        if wrong is not None:
+            raise NotFiniteError(f"{wrong!r} of {name} holds values that are no numbers")
+    files: dict[str, Content] = {
+        name: safetensors_pieces(tensors) for name, tensors in captured.tensors.files.items()
+    }
+    files[STATE] = json.dumps(captured.values).encode()
+    path = checkpoint_path(directory, captured.position)
     directory.mkdir(parents=True, exist_ok=True)
     remove_unfinished(directory)
     write_artifact(path, files, {"schema": SCHEMA})
-    for old in checkpoints(directory)[keep:]:
-        shutil.rmtree(old)
     return path
+
+
+def checkpoint_path(directory: Path, position: Position) -> Path:
+    """Where the checkpoint of a position stands."""
+    return directory / f"epoch-{position.epoch:04d}-step-{position.step:06d}"
+
+
+def remove_old(directory: Path, retention: Retention, whole: set[Path]) -> None:
+    """Remove what is older than the newest `retention.keep` that are whole, and not for good.
+
+    A damaged one does not count among them, so that it never drives out one that can be read.
+
+    Args:
+        whole: those that were compared with their hashes before; new ones are added.
+
+    Raises:
+        OSError: one cannot be moved away.
+    """
+    kept = 0
+    for path in checkpoints(directory):
+        if kept < retention.keep:
+            if path in whole or is_whole(path):
+                whole.add(path)
+                kept += 1
+        elif not retention.is_for_good(_position(path)):
+            whole.discard(path)
+            remove_artifact(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is what its manifest says."""
+    try:
+        open_artifact(path)
+    except ArtifactError:
+        return False
+    return True
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints below `directory`, newest first, undamaged or not."""
     if not directory.is_dir():
         return []
-    found = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
-    named = [((int(match[1]), int(match[2])), path) for match, path in found if match]
-    return [path for _, path in sorted(named, reverse=True)]
+    named = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(named, key=_position, reverse=True)
 
 
 def newest_checkpoint(directory: Path, warn: Callable[[str], object]) -> Checkpoint | None:
@@ -201,11 +277,10 @@ def _open(path: Path) -> Checkpoint:
     )
 
 
-def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
-    # safetensors wants dense tensors of their own; channels_last weights are not.
-    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content: bytes = safetensors.torch.save(owned)
-    return content
+def _position(path: Path) -> Position:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None  # only such are listed
+    return Position(int(match[1]), int(match[2]))
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -22,6 +22,7 @@ OPERATIONAL_KEYS = frozenset(
         "data.resident_limit_bytes",
         "checkpoint.every_epochs",
         "checkpoint.keep",
+        "checkpoint.keep_every_epochs",
         "bank.sharded",
         "distributed.timeout_s",
     }
@@ -141,7 +142,8 @@ class CheckpointConfig(Section):
     """When the state is saved and how many are kept."""
 
     every_epochs: Annotated[int, Field(ge=1)]
-    keep: Annotated[int, Field(ge=1, le=1000)]
+    keep: Annotated[int, Field(ge=1, le=1000)]  # the newest so many, damaged ones not counted
+    keep_every_epochs: Annotated[int, Field(ge=0)]  # of every so many epochs, for good; 0: none
 
 
 class DistributedConfig(Section):

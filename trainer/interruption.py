@@ -1,13 +1,17 @@
-"""Ctrl-C and SIGTERM while training: the first asks for a stop, the second kills at once.
+"""Ctrl-C and SIGTERM: while training the first asks for a stop, at other times for leaving at once;
+the second kills.
 
 Under torchrun, which passes signals on and so may send one twice, every later one is passed over:
 torchrun itself kills what is left after 30 s.
 
-In: signals of this process. Out: a flag that the training loop reads between two steps.
+In: signals of this process. Out: a flag that the training loop reads between two steps, or an
+exception where there is no state to save.
 """
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -24,8 +28,37 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class StopAsked(Exception):
+    """Something that takes long was given up, on all ranks, because one was asked to stop."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where Ctrl-C would be a KeyboardInterrupt: what is half done is cleared away."""
+
+
+@contextmanager
+def terminable(*, alone: bool = True) -> Iterator[None]:
+    """While entered, the first SIGTERM raises Terminated.
+
+    Args:
+        alone: whether this process is the whole run; the second one kills at once then.
+    """
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL if alone else signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StopRequest:
     """While entered, remembers the first SIGINT or SIGTERM; `signum` is None until then.
+
+    One that came too late for the loop to see is sent again on leaving.
 
     Args:
         alone: whether this process is the whole run.
@@ -50,6 +83,8 @@ class StopRequest:
     ) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
+        if kind is None and self.signum is not None:
+            signal.raise_signal(self.signum)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:

@@ -4,7 +4,9 @@ In: the encoder with un-augmented images, or the figures of an epoch. Out: an ac
 Labels are read here and nowhere else in training.
 """
 
+import functools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,16 +50,26 @@ class KnnMonitor:
     on_features: bool = False  # of the backbone, instead of the head's embeddings
     ranks: Ranks = ALONE
 
-    def measure(self, encoder: Encoder, device: torch.device) -> float:
-        """The share of images, 0..1, whose neighbours vote for their own class."""
+    def measure(
+        self,
+        encoder: Encoder,
+        device: torch.device,
+        go_on: Callable[[], object] = lambda: None,
+    ) -> float:
+        """The share of images, 0..1, whose neighbours vote for their own class.
+
+        Args:
+            go_on: called before every few images, equally often on all ranks; it may raise.
+        """
+        embed = functools.partial(self._embed, encoder, device, go_on)
         # Running statistics of a share of each batch differ between the ranks.
         self.ranks.copy_from_first(list(encoder.buffers()))
-        gallery = np.concatenate(self.ranks.gathered(self._embed(encoder, self.gallery, device)))
+        gallery = np.concatenate(self.ranks.gathered(embed(self.gallery, len(self.gallery_labels))))
         own = self.ranks.share(len(self.query_labels))
         if self.queries is None:
             queries, exclude = gallery[own], np.arange(len(gallery))[own]
         else:
-            queries, exclude = self._embed(encoder, self.queries, device), None
+            queries, exclude = embed(self.queries, len(self.query_labels)), None
         right = 0
         if len(queries):
             accuracy = knn_accuracy(
@@ -73,14 +85,24 @@ class KnnMonitor:
         return sum(self.ranks.gathered(right)) / len(self.query_labels)
 
     def _embed(
-        self, encoder: Encoder, images: NDArray[np.uint8], device: torch.device
+        self,
+        encoder: Encoder,
+        device: torch.device,
+        go_on: Callable[[], object],
+        images: NDArray[np.uint8],
+        count: int,
     ) -> NDArray[np.float32]:
-        """(N, S, S, 3) -> (N, F or D) of unit length."""
-        batches = (
-            images[first : first + EMBEDDED_TOGETHER]
-            for first in range(0, len(images), EMBEDDED_TOGETHER)
-        )
-        features, embeddings = embed_images(encoder, batches, device)
+        """(N, S, S, 3), this rank's share of `count` -> (N, F or D) of unit length."""
+        # As often as the rank with the largest share has to.
+        rounds = math.ceil(math.ceil(count / self.ranks.size) / EMBEDDED_TOGETHER)
+
+        def batches() -> Iterator[NDArray[np.uint8]]:
+            for first in range(0, rounds * EMBEDDED_TOGETHER, EMBEDDED_TOGETHER):
+                go_on()
+                if first < len(images):
+                    yield images[first : first + EMBEDDED_TOGETHER]
+
+        features, embeddings = embed_images(encoder, batches(), device)
         if not self.on_features:
             return embeddings
         lengths = np.linalg.norm(features, axis=1, keepdims=True)

@@ -7,10 +7,12 @@ written with the joined batch in its order, so that all banks stay equal.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,12 +21,13 @@ from torch import Tensor
 
 from trainer.augment import apply_views, draw_views
 from trainer.checkpoint import Progress as SavedProgress
-from trainer.checkpoint import TrainingState, checkpoints, save_checkpoint
+from trainer.checkpoint import Retention, TrainingState
+from trainer.checkpoint_writer import CheckpointNotWritten, CheckpointWriter
 from trainer.config import Recipe
 from trainer.distributed import ALONE, Ranks
 from trainer.fingerprints import digest
 from trainer.inspection import Inspector
-from trainer.interruption import Interrupted, StopRequest
+from trainer.interruption import Interrupted, StopAsked, StopRequest
 from trainer.monitor import KnnMonitor, is_collapsed
 from trainer.pictures import pictures
 from trainer.progress import Progress, say
@@ -40,6 +43,9 @@ from trainer.schedule import (
 from trainer.sharded_bank import replicated, whole_state
 from trainer.step import FIGURES, StepFigures, TrainingStep, read_figures
 from trainer.stock import CropStock
+
+# What a rank asks of all besides signals, above the number of any: its checkpoint was not written.
+WRITE_FAILED = 1000
 
 
 class TrainingFailed(Exception):
@@ -66,12 +72,18 @@ class Pretraining:
         """Steps in an epoch."""
         return steps_per_epoch(len(self.stock), self.recipe.batch_size)
 
-    def save(self, position: Position, running: "EpochSums") -> Path:
-        """Write a checkpoint of everything, on rank 0; the others wait for it.
+    @cached_property
+    def writer(self) -> CheckpointWriter:
+        """Of the checkpoints; only rank 0 has something to write."""
+        config = self.recipe.checkpoint
+        retention = Retention(config.keep, config.keep_every_epochs, self.steps)
+        return CheckpointWriter(self.checkpoints, retention)
 
-        Raises:
-            TrainingFailed: it cannot be written; the last good one stays.
-        """
+    def begin_save(self, position: Position, running: "EpochSums") -> None:
+        """Begin to write a checkpoint of everything, on rank 0; no rank waits for the disk."""
+        bank = whole_state(self.state.bank, self.ranks)
+        if not self.ranks.is_first:
+            return
         progress = SavedProgress(
             position=position,
             recipe=self.recipe.as_dict(),
@@ -79,21 +91,27 @@ class Pretraining:
             running=running.as_dict(),
             metrics=self.journal.lines,
         )
-        bank = whole_state(self.state.bank, self.ranks)
-        return self.ranks.from_first(lambda: self._write(progress, bank))
+        self.writer.save(self.state, progress, bank=bank)
 
-    def _write(self, progress: SavedProgress, bank: Mapping[str, Tensor] | None) -> Path:
-        position, keep = progress.position, self.recipe.checkpoint.keep
+    def finish_save(self) -> Path | None:
+        """Wait, on all ranks, until the checkpoint that was begun last is whole; say where it is.
+
+        Raises:
+            TrainingFailed: it or the one before cannot be written; the last good one stays.
+        """
+        return self.ranks.from_first(self._written)
+
+    def _written(self) -> Path | None:
         try:
-            return save_checkpoint(self.checkpoints, self.state, progress, keep=keep, bank=bank)
-        except OSError as error:
-            good = checkpoints(self.checkpoints)
-            last = f"the last good checkpoint is {good[0]}" if good else "there is none yet"
-            raise TrainingFailed(
-                f"the checkpoint of epoch {position.epoch}, step {position.step} cannot be written "
-                f"({error.strerror}): {last}. Make room in {self.checkpoints.parent} and go on "
-                "with --resume"
-            ) from error
+            return self.writer.wait()
+        except CheckpointNotWritten as error:
+            raise TrainingFailed(str(error)) from error
+
+    def wish(self, stop: StopRequest) -> int:
+        """What this rank asks of all: the signal it got, WRITE_FAILED, or 0 to go on."""
+        if self.ranks.is_first and self.writer.failed:
+            return WRITE_FAILED
+        return stop.signum or 0
 
 
 @dataclass
@@ -130,7 +148,9 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
     position, sums = Position(1, 0), EpochSums()
     if resumed is not None:
         position, sums = resumed.position, EpochSums(**resumed.running)
-        if position.step == run.steps:
+        # Of the end of an epoch that was not measured any more, that is still to be done.
+        measured = bool(run.journal.lines) and run.journal.lines[-1]["epoch"] == position.epoch
+        if position.step == run.steps and measured:
             position, sums = Position(position.epoch + 1, 0), EpochSums()
     done = ((position.epoch - 1) * run.steps + position.step) * run.recipe.batch_size
     total = run.recipe.epochs * run.steps * run.recipe.batch_size
@@ -138,21 +158,21 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
     joint = run.recipe.distributed.sync_batchnorm
     with (
         StopRequest(alone=ranks.size == 1, speaks=ranks.is_first) as stop,
+        run.writer,
         ranks.network(encoder, sync_batchnorm=joint) as network,
     ):
         if not run.journal.lines:
-            _measure_untrained(run)
-        step = TrainingStep(run.recipe, run.state, network, ranks, lambda: stop.signum or 0)
+            with _leaving(run, position, sums, stop):
+                _measure_untrained(run, stop)
+        step = TrainingStep(run.recipe, run.state, network, ranks, lambda: run.wish(stop))
         with Progress("training", total, done=done) as progress:
             for epoch in range(position.epoch, run.recipe.epochs + 1):
                 _train_epoch(run, step, Position(epoch, position.step), sums, progress)
                 _check_equal(run, epoch)
-                _finish_epoch(run, epoch, sums)
-                # What one rank was asked while another still saved or measured.
-                signum = max(ranks.gathered(stop.signum or 0))
-                if signum:
-                    _leave(run, Position(epoch, run.steps), sums, signum)
+                with _leaving(run, Position(epoch, run.steps), sums, stop):
+                    _finish_epoch(run, epoch, sums, stop)
                 position, sums = Position(epoch + 1, 0), EpochSums()
+        run.finish_save()
 
 
 def _train_epoch(
@@ -244,15 +264,35 @@ def _check_equal(run: Pretraining, epoch: int) -> None:
             )
 
 
-def _measure_untrained(run: Pretraining) -> None:
+@contextmanager
+def _leaving(
+    run: Pretraining, position: Position, sums: EpochSums, stop: StopRequest
+) -> Iterator[None]:
+    """Leave from `position` where any rank is asked to until this is done."""
+    with suppress(StopAsked):
+        yield
+    signum = max(run.ranks.gathered(run.wish(stop)))
+    if signum:
+        _leave(run, position, sums, signum)
+
+
+def _give_up_if_asked(run: Pretraining, stop: StopRequest) -> None:
+    """Raise StopAsked on all ranks where any wishes to stop; all have to call it."""
+    if max(run.ranks.gathered(run.wish(stop))):
+        raise StopAsked
+
+
+def _measure_untrained(run: Pretraining, stop: StopRequest) -> None:
     if run.monitor is None:
         return
-    accuracy = run.monitor.measure(run.state.encoder, run.device)
+    accuracy = run.monitor.measure(
+        run.state.encoder, run.device, lambda: _give_up_if_asked(run, stop)
+    )
     say(f"untrained encoder: kNN accuracy {accuracy:.4f}")
     run.journal.write({"epoch": 0, "knn": accuracy})
 
 
-def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
+def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums, stop: StopRequest) -> None:
     recipe = run.recipe
     last = epoch == recipe.epochs
     means = sums.means()
@@ -272,7 +312,9 @@ def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
     }
     due = last or epoch % recipe.monitor.every_epochs == 0
     if run.monitor is not None and due:
-        metrics["knn"] = run.monitor.measure(run.state.encoder, run.device)
+        metrics["knn"] = run.monitor.measure(
+            run.state.encoder, run.device, lambda: _give_up_if_asked(run, stop)
+        )
     shown = None
     if run.inspector is not None and (due or collapsed):
         shown = _inspect(run, run.inspector, metrics)
@@ -281,7 +323,7 @@ def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums) -> None:
     if collapsed:
         _warn_of_collapse(run)
     if last or epoch % recipe.checkpoint.every_epochs == 0:
-        run.save(Position(epoch, run.steps), sums)
+        run.begin_save(Position(epoch, run.steps), sums)
 
 
 def _inspect(run: Pretraining, inspector: Inspector, metrics: Metrics) -> dict[str, Any]:
@@ -333,6 +375,7 @@ def _warn_of_collapse(run: Pretraining) -> None:
     say(f"{message}. The run stops after {patience - in_a_row} more such epochs")
 
 
-def _leave(run: Pretraining, position: Position, sums: EpochSums, signum: int) -> None:
-    path = run.save(position, sums)
+def _leave(run: Pretraining, position: Position, sums: EpochSums, signum: int) -> NoReturn:
+    run.begin_save(position, sums)
+    path = run.finish_save()
     raise Interrupted(signum, f"stopped; the state is in {path}. Go on with --resume")

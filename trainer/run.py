@@ -21,7 +21,7 @@ from trainer.representation.artifact import ArtifactError
 
 SUCCEEDED, FAILED, WRONG_USE = 0, 1, 2
 SIGNALLED = 128  # plus the number of the signal, as shells count
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.checkpoint import CheckpointError
     from trainer.distributed import FirstRankFailed, lost_rank, open_ranks
     from trainer.export import ExportError
-    from trainer.interruption import Interrupted
+    from trainer.interruption import Interrupted, Terminated, terminable
     from trainer.launch import RankError, read_launch
     from trainer.pretrain import TrainingFailed
     from trainer.progress import mute
@@ -49,14 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.rank > 0:
             mute()
             prefix = f"rank {launch.rank}: "
-        train_and_export(
-            RunFolder(arguments.output),
-            recipe=arguments.recipe,
-            overrides=arguments.overrides,
-            data=arguments.data,
-            resume=arguments.resume,
-            ranks=open_ranks(launch),
-        )
+        with terminable(alone=launch.size == 1):
+            train_and_export(
+                RunFolder(arguments.output),
+                recipe=arguments.recipe,
+                overrides=arguments.overrides,
+                data=arguments.data,
+                resume=arguments.resume,
+                ranks=open_ranks(launch),
+            )
     except (
         RecipeError,
         DataError,
@@ -83,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not prefix:
             sys.stderr.write(f"{stop}\n")
         return SIGNALLED + stop.signum
-    except KeyboardInterrupt:
-        return _fail("interrupted while not training; nothing saved is lost", INTERRUPTED, prefix)
+    except KeyboardInterrupt as error:
+        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        return _fail("interrupted while not training; nothing saved is lost", code, prefix)
     except RuntimeError as error:
         lost = lost_rank(error)
         if lost is None:

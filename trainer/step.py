@@ -45,7 +45,7 @@ class TrainingStep:
 
         Args:
             network: what to call in training, see `Ranks.network`.
-            asked: the signal this rank got so far, 0 for none; the others are told in each step.
+            asked: what this rank wishes of all, 0 for none; the others are told in each step.
         """
         self._state, self._network, self._ranks, self._asked = state, network, ranks, asked
         self._bf16 = recipe.precision == "bf16"

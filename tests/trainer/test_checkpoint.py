@@ -12,16 +12,23 @@ import torch
 
 from trainer.checkpoint import (
     CheckpointError,
+    NotFiniteError,
     Progress,
+    Retention,
     TrainingState,
+    capture,
     checkpoints,
     newest_checkpoint,
-    save_checkpoint,
+    remove_old,
+    write_checkpoint,
 )
 from trainer.config import EncoderConfig
 from trainer.encoder import build_encoder
 from trainer.memory_bank import MemoryBank
 from trainer.schedule import Position
+from trainer.snapshot import HostCopies
+
+STEPS = 11  # of an epoch
 
 
 def _state(seed: int) -> TrainingState:
@@ -49,6 +56,16 @@ def _progress(epoch: int = 3, step: int = 2) -> Progress:
     )
 
 
+def _save(directory: Path, state: TrainingState, progress: Progress) -> Path:
+    return write_checkpoint(directory, capture(state, progress, HostCopies()))
+
+
+def _damage(path: Path, name: str = "bank.safetensors") -> None:
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 0x80
+    (path / name).write_bytes(content)
+
+
 def _tensors(state: TrainingState) -> list[torch.Tensor]:
     momenta = [values["momentum_buffer"] for values in state.optimiser.state.values()]
     assert len(momenta) > 5
@@ -63,7 +80,7 @@ def test_checkpoint__brings_back_every_tensor_number_and_generator(tmp_path: Pat
     saved = _state(0)
     random.gauss(0, 1)  # leaves a second draw waiting inside the generator
     np.random.standard_normal()
-    path = save_checkpoint(tmp_path, saved, _progress(), keep=2)
+    path = _save(tmp_path, saved, _progress())
     assert path.name == "epoch-0003-step-000002"
     wanted = [random.gauss(0, 1), float(np.random.standard_normal()), *_draws()]
     fresh = _state(1)
@@ -82,18 +99,71 @@ def test_checkpoint__brings_back_every_tensor_number_and_generator(tmp_path: Pat
 
 
 def test_checkpoint__holds_nothing_that_could_run_code(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, _state(0), _progress(), keep=2)
+    path = _save(tmp_path, _state(0), _progress())
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
     assert not any(b"pickle" in file.read_bytes() for file in path.iterdir())
 
 
-def test_save__keeps_the_newest(tmp_path: Path) -> None:
+def test_write__state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    _save(tmp_path, _state(0), _progress(1, 1))
     state = _state(0)
-    for epoch, step in ((2, 7), (9, 1), (10, 1), (10, 11)):
-        save_checkpoint(tmp_path, state, _progress(epoch, step), keep=2)
-    names = [path.name for path in checkpoints(tmp_path)]
-    assert names == ["epoch-0010-step-000011", "epoch-0010-step-000001"]
-    assert len(list(tmp_path.iterdir())) == 2
+    momentum = next(iter(state.optimiser.state.values()))["momentum_buffer"]
+    momentum[-1] = torch.inf
+    with pytest.raises(NotFiniteError, match=r"momentum_buffer' of optimiser\.safetensors"):
+        _save(tmp_path, state, _progress(1, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001-step-000001"]
+
+
+def _names(directory: Path) -> list[tuple[int, int]]:
+    assert len(list(directory.iterdir())) == len(checkpoints(directory))  # no leftovers
+    parts = [path.name.split("-") for path in checkpoints(directory)]
+    return [(int(epoch), int(step)) for _, epoch, _, step in parts]
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [
+        (1, 0, [(10, 11)]),
+        (2, 0, [(10, 11), (10, 1)]),
+        (9, 0, [(10, 11), (10, 1), (9, 11), (4, 7), (3, 11), (2, 11)]),
+        (1, 3, [(10, 11), (9, 11), (3, 11)]),
+        (1, 2, [(10, 11), (2, 11)]),  # (4, 7) is no end of an epoch
+    ],
+)
+def test_old__keeps_the_newest_and_those_for_good(
+    tmp_path: Path, keep: int, every: int, left: list[tuple[int, int]]
+) -> None:
+    state = _state(0)
+    for position in ((2, 11), (3, 11), (4, 7), (9, 11), (10, 1), (10, 11)):
+        _save(tmp_path, state, _progress(*position))
+    remove_old(tmp_path, Retention(keep, every, STEPS), set())
+    assert _names(tmp_path) == left
+
+
+def test_old__damaged_ones_do_not_count(tmp_path: Path) -> None:
+    state = _state(0)
+    for epoch in (1, 2, 3, 4, 5):
+        path = _save(tmp_path, state, _progress(epoch, STEPS))
+        if epoch in (1, 3, 5):
+            _damage(path)
+    remove_old(tmp_path, Retention(1, 0, STEPS), set())
+    assert _names(tmp_path) == [(5, 11), (4, 11)]
+    # Training went on from 4 and wrote 5 anew: it is whole now.
+    _save(tmp_path, state, _progress(5, STEPS))
+    remove_old(tmp_path, Retention(1, 0, STEPS), set())
+    assert _names(tmp_path) == [(5, 11)]
+
+
+def test_old__compares_each_with_its_hashes_once(tmp_path: Path) -> None:
+    whole: set[Path] = set()
+    path = _save(tmp_path, _state(0), _progress(1, STEPS))
+    remove_old(tmp_path, Retention(1, 0, STEPS), whole)
+    assert whole == {path}
+    newer = _save(tmp_path, _state(0), _progress(2, STEPS))
+    _damage(path)
+    _damage(newer)
+    remove_old(tmp_path, Retention(1, 0, STEPS), whole)  # the older one was whole when looked at
+    assert _names(tmp_path) == [(2, 11), (1, 11)]
 
 
 def test_newest__none_yet(tmp_path: Path) -> None:
@@ -104,11 +174,9 @@ def test_newest__none_yet(tmp_path: Path) -> None:
     "name", ["encoder.safetensors", "bank.safetensors", "state.json", "manifest.json"]
 )
 def test_newest__damaged_is_named_and_the_older_one_taken(tmp_path: Path, name: str) -> None:
-    save_checkpoint(tmp_path, _state(0), _progress(1, 1), keep=2)
-    newer = save_checkpoint(tmp_path, _state(0), _progress(1, 2), keep=2)
-    content = bytearray((newer / name).read_bytes())
-    content[len(content) // 2] ^= 0x80
-    (newer / name).write_bytes(content)
+    _save(tmp_path, _state(0), _progress(1, 1))
+    newer = _save(tmp_path, _state(0), _progress(1, 2))
+    _damage(newer, name)
     warnings: list[str] = []
     found = newest_checkpoint(tmp_path, warn=warnings.append)
     assert found is not None
@@ -119,7 +187,7 @@ def test_newest__damaged_is_named_and_the_older_one_taken(tmp_path: Path, name: 
 
 
 def test_newest__none_that_can_be_read(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, _state(0), _progress(), keep=2)
+    path = _save(tmp_path, _state(0), _progress())
     (path / "bank.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"none of the checkpoints.*bank\.safetensors"):
         newest_checkpoint(tmp_path, warn=pytest.fail)

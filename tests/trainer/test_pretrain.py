@@ -3,6 +3,7 @@
 Run: pytest tests/trainer/test_pretrain.py
 """
 
+import dataclasses
 import json
 import math
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer import checkpoint_writer
 from trainer import pretrain as module
 from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
@@ -298,19 +300,78 @@ def test_collapse__is_said_each_epoch_and_stops_after_the_patience(
     assert "stops after 1 more" in said
 
 
-def test_checkpoint__that_cannot_be_written_names_the_last_good_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("breaks", [1, 2])  # the second one is begun after the last step
+def test_checkpoint__that_cannot_be_written_ends_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, breaks: int
 ) -> None:
-    made = run("full")
-    real, calls = module.save_checkpoint, []
+    real, calls = checkpoint_writer.write_checkpoint, []
 
-    def full(*arguments: Any, **named: Any) -> Path:
+    def full(*arguments: Any) -> Path:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == breaks:
             raise OSError(28, "No space left on device")
-        return real(*arguments, **named)
+        return real(*arguments)
 
-    monkeypatch.setattr(module, "save_checkpoint", full)
-    told = r"epoch 2, step 5 cannot be written \(No space left.*last good.*epoch-0001-step-000005"
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", full)
+    made = run("full", "epochs=2" if breaks == 2 else "epochs=60")
+    good = "there is none yet" if breaks == 1 else "last good.*epoch-0001-step-000005"
+    told = rf"epoch {breaks}, step 5 cannot be written \(No space left.*{good}"
     with pytest.raises(TrainingFailed, match=told):
         pretrain(made)
+    assert len(calls) == breaks
+    assert len(made.journal.lines) < 60
+
+
+def test_gradient__that_is_no_number_in_the_last_step_is_not_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run("gradient", "monitor.every_epochs=9")
+    calls: list[int] = []
+
+    def counting(*arguments: Any) -> Objective:
+        calls.append(1)
+        return objective(*arguments)
+
+    monkeypatch.setattr(module, "objective", counting)
+    weight = next(made.state.encoder.parameters())
+    weight.register_hook(lambda gradient: gradient * (torch.nan if len(calls) == 10 else 1))
+    made = dataclasses.replace(made, monitor=None)
+    told = r"epoch 2, step 5 cannot be written \('backbone.* are no numbers.*epoch-0001-step-000005"
+    with pytest.raises(TrainingFailed, match=told):
+        pretrain(made)
+    assert all(math.isfinite(line["loss"]) for line in made.journal.lines)
+    assert [path.name for path in checkpoints(made.checkpoints)] == ["epoch-0001-step-000005"]
+
+
+@pytest.mark.parametrize(("measurement", "position"), [(1, (1, 0)), (2, (1, 5)), (3, (2, 5))])
+def test_stop__while_accuracy_is_measured_gives_that_up_until_resumed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, measurement: int, position: tuple[int, int]
+) -> None:
+    whole = run("whole")
+    pretrain(whole)
+
+    first = run("cut")
+    calls: list[int] = []
+    real = KnnMonitor.measure
+
+    def interrupted(*arguments: Any) -> float:
+        calls.append(1)
+        if len(calls) == measurement:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KnnMonitor, "measure", interrupted)
+        with pytest.raises(Interrupted) as stopped:
+            pretrain(first)
+    assert stopped.value.signum == signal.SIGTERM
+    assert len(first.journal.lines) == measurement - 1
+    found = newest_checkpoint(first.checkpoints, warn=pytest.fail)
+    assert found is not None
+    assert found.progress.position == position
+
+    second = run("cut", before=found.progress)
+    found.restore(second.state)
+    pretrain(second, found.progress)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(whole), _tensors(second), strict=True))
+    assert _figures(whole) == _figures(second)
