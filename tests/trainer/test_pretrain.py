@@ -150,7 +150,11 @@ def test_resume__after_an_interruption_is_the_same_run(
 
 
 def test_bf16__trains_with_finite_figures(run: Run) -> None:
-    made = run("bf16", "precision=bf16")
+    # At 8 px the last convolution sees 1 x 1, and torch 2.14 leaves the gradient of the weights
+    # that lie outside of it as the memory was (bf16 on a CPU): sometimes no number.
+    made = dataclasses.replace(
+        run("bf16", "precision=bf16", "encoder.image_size_px=16"), monitor=None
+    )
     pretrain(made)
     assert all(math.isfinite(line["loss"]) for line in made.journal.lines[1:])
 
