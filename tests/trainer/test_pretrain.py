@@ -17,7 +17,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import checkpoint_writer
-from trainer import pretrain as module
 from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
@@ -336,7 +335,7 @@ def test_gradient__that_is_no_number_in_the_last_step_is_not_kept(
         calls.append(1)
         return objective(*arguments)
 
-    monkeypatch.setattr(module, "objective", counting)
+    monkeypatch.setattr(step_module, "objective", counting)
     weight = next(made.state.encoder.parameters())
     weight.register_hook(lambda gradient: gradient * (torch.nan if len(calls) == 10 else 1))
     made = dataclasses.replace(made, monitor=None)
