@@ -23,6 +23,7 @@ from torch import Tensor
 from trainer.encoder import Encoder
 from trainer.memory_bank import MemoryBank
 from trainer.representation.artifact import (
+    MANIFEST,
     ArtifactError,
     Content,
     open_artifact,
@@ -261,8 +262,11 @@ def newest_checkpoint(directory: Path, warn: Callable[[str], object]) -> Checkpo
 
 def _open(path: Path) -> Checkpoint:
     manifest = open_artifact(path)
-    if manifest.get("schema") != SCHEMA or STATE not in manifest["files"]:
+    if manifest.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {manifest.get('schema')!r}, wanted {SCHEMA!r}")
+    for name in (ENCODER, BANK, OPTIMISER, RANDOM, STATE):
+        if name not in manifest["files"]:
+            raise ArtifactError(f"{path / MANIFEST} does not list {name}")
     content = json.loads((path / STATE).read_bytes())
     epoch, step = content["position"]
     return Checkpoint(
