@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import checkpoint_writer
+from trainer import pretrain as module
 from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
