@@ -153,7 +153,7 @@ def test_bf16__trains_with_finite_figures(run: Run) -> None:
     # At 8 px the last convolution sees 1 x 1, and torch 2.14 leaves the gradient of the weights
     # that lie outside of it as the memory was (bf16 on a CPU): sometimes no number.
     made = dataclasses.replace(
-        run("bf16", "precision=bf16", "encoder.image_size_px=16"), monitor=None
+        run("bf16", "precision=bf16", "encoder.image_size_px=16"), monitor=None, inspector=None
     )
     pretrain(made)
     assert all(math.isfinite(line["loss"]) for line in made.journal.lines[1:])
@@ -339,7 +339,7 @@ def test_gradient__that_is_no_number_in_the_last_step_is_not_kept(
     monkeypatch.setattr(step_module, "objective", counting)
     weight = next(made.state.encoder.parameters())
     weight.register_hook(lambda gradient: gradient * (torch.nan if len(calls) == 10 else 1))
-    made = dataclasses.replace(made, monitor=None)
+    made = dataclasses.replace(made, monitor=None, inspector=None)
     told = r"epoch 2, step 5 cannot be written \('backbone.* are no numbers.*epoch-0001-step-000005"
     with pytest.raises(TrainingFailed, match=told):
         pretrain(made)
