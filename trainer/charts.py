@@ -118,7 +118,8 @@ def histogram_chart(title: str, counts: Mapping[str, Sequence[int]], *, low: flo
         parts.append(f'<polygon class="area s{number}" points="{area}"/>')
         parts += hovers
         said.append(f"{name} {sum(filled[name]):,} with mean {middle:.2f}")
-    return _figure(title, "", "", svg("".join(parts), f"{title}: {'; '.join(said)}"), "")
+    label = f"{title}: {'; '.join(said)}"
+    return _figure(title, "share of each", "", svg("".join(parts), label), "")
 
 
 def legend(names: Sequence[str]) -> str:

@@ -54,6 +54,7 @@ figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 .dot.s5 { fill: var(--c0); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 0;
   padding: 0; font-size: 13px; }
+.legend + .charts { margin-top: 12px; }
 .key { width: 24px; height: 10px; margin-right: 6px; vertical-align: middle; }
 .number { color: var(--quiet); }
 .anchors { display: grid; gap: 16px; }

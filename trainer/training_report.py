@@ -128,11 +128,12 @@ def warnings(report: Mapping[str, Any], recipe: Recipe, metrics: Sequence[Metric
     if report["status"] != "finished":
         reason = report.get("ended_by") or "it did not come to its end"
         found.append(f"The run is not finished, there is no bundle: {reason}.")
-    if facts["collapsed_epochs"]:
+    if facts["collapsed_epochs"] and "COLLAPSE" not in report.get("ended_by", ""):
         epochs = _spans(facts["collapsed_epochs"])
+        since = "" if last.get("collapsed") else ", which it has left since"
         found.append(
-            f"COLLAPSE in the epochs {epochs}: all images got nearly the same embedding. Set "
-            "encoder.normalise=true, or a higher loss.temperature."
+            f"COLLAPSE in the epochs {epochs}{since}: all images got nearly the same embedding. "
+            "Set encoder.normalise=true, or a higher loss.temperature."
         )
     before, after = facts["knn_untrained"], facts["knn_trained"]
     if before is not None and after is not None and after < before:
@@ -340,9 +341,14 @@ def _next(root: Path, report: Mapping[str, Any]) -> str:
     if report["status"] == "finished":
         words = ["--bundle", str(root / "bundle"), "--state", str(root / "service")]
         told, command = "Serve it", shlex.join(["python", "-m", "service.run", *words])
-    else:
+    elif "--resume" in report.get("ended_by", "--resume"):
         words = ["--resume", "--data", report["source"], "--output", str(root)]
         told, command = "Go on with it", shlex.join(["python", "-m", "trainer.run", *words])
+    else:
+        return (
+            "<h2>What comes next</h2>\n<p>What ended this run would end it again: begin a new one "
+            "with what the warning above says.</p>\n</main>\n"
+        )
     return f"<h2>What comes next</h2>\n<p>{told}:</p>\n<pre>{escape(command)}</pre>\n</main>\n"
 
 

@@ -28,7 +28,7 @@ from trainer.inspection import (
 )
 from trainer.launch import Launch
 from trainer.memory_bank import MemoryBank
-from trainer.objective import LossConfig
+from trainer.objective import LossConfig, objective
 from trainer.representation.preprocess import InputContract
 from trainer.sharded_bank import BankShard
 
@@ -68,6 +68,8 @@ def test_look__at_two_anchors_by_hand(bank: MemoryBank) -> None:
     wanted = [[_cos(20), _cos(41), _cos(60)], [_cos(38), _cos(50), 0]]
     assert np.allclose(seen.similarities[:, :3], wanted, atol=1e-6)
     assert seen.chosen[:, :3].tolist() == [[False, True, True], [True, True, False]]
+    same = seen.same_label(LABELS)[:, :3]  # the last image, which -1 would read, is of 5's class
+    assert same.tolist() == [[True, False, True], [True, True, False]]
     # The 5 nearest of 0 are 0..4: 4 alone is background. Of 5 at 130: 5, 4, 6, 3, 2.
     assert seen.in_top[:, :3].tolist() == [[True] * 3, [True, True, False]]
     wanted_background = [[_cos(92)], [_cos(70), _cos(89)]]
@@ -129,6 +131,22 @@ def test_look__leaves_out_repeats_and_the_anchor_in_both_modes(bank: MemoryBank,
     seen = look(bank, torch.tensor([0]), _at(0), _config(mode=mode, num_positives=6))
     assert seen.reached[0].tolist() == [1, 2, 3, -1, -1, -1]
     assert seen.chosen[0].tolist() == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+@pytest.mark.parametrize("positives", ["hard", "easy"])
+def test_look__chooses_what_the_objective_chooses(mode: str, positives: str) -> None:
+    draw = torch.Generator().manual_seed(1)
+    bank = MemoryBank(30, 8, 2, generator=draw)
+    bank.refresh_neighbours(torch.arange(30), torch.randint(0, 30, (30, 2), generator=draw))
+    indices = torch.randperm(30, generator=draw)[:6]
+    embeddings = bank.embeddings[(indices + 1) % 30]
+    config = _config(mode=mode, positives=positives, num_positives=5, num_background=12)
+    seen = look(bank, indices, embeddings, config)
+    wanted = objective(bank, indices, embeddings, config).hard_positives
+    for row in range(len(indices)):
+        chosen = set(seen.reached[row][seen.chosen[row]].tolist())
+        assert chosen == set(wanted[row].tolist()) - {-1, int(indices[row])}
 
 
 def test_bins__at_the_ends() -> None:

@@ -174,18 +174,27 @@ def test_page__says_in_words_what_happened(tiny_recipe: Callable[..., Recipe]) -
 
 
 def test_page__of_a_run_that_was_stopped(tiny_recipe: Callable[..., Recipe]) -> None:
-    report = _report(status="stopped", ended_by="COLLAPSE, epoch 2: nothing is published")
+    report = _report(status="stopped", ended_by="stopped; go on with --resume")
     report["training"] |= {"knn_trained": None, "collapsed_epochs": [1, 2, 3, 7]}
     page = _page(tiny_recipe(), report, pictures=None, shown={})
     parsed = Parsed(page)
     assert parsed.open == []
-    assert "there is no bundle: COLLAPSE, epoch 2: nothing is published." in parsed.text
-    assert "COLLAPSE in the epochs 1-3, 7:" in parsed.text
+    assert "there is no bundle: stopped; go on with --resume." in parsed.text
+    assert "COLLAPSE in the epochs 1-3, 7, which it has left since:" in parsed.text
     assert "No epoch was inspected yet." in parsed.text
     assert "trainer.run --resume --data '<script>" in parsed.text
     nothing = Parsed(_page(tiny_recipe(), report, metrics=[], pictures=None, shown={}))
     assert "No epoch came to its end." in nothing.text
     assert nothing.open == []
+
+
+def test_page__of_a_run_that_failed(tiny_recipe: Callable[..., Recipe]) -> None:
+    report = _report(status="stopped", ended_by="COLLAPSE, epoch 2: nothing is published")
+    report["training"] |= {"collapsed_epochs": [1, 2]}
+    text = Parsed(_page(tiny_recipe(), report)).text
+    assert text.count("COLLAPSE") == 1
+    assert "What ended this run would end it again" in text
+    assert "--resume" not in text
 
 
 def test_page__without_labels(tiny_recipe: Callable[..., Recipe]) -> None:
