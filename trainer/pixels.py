@@ -127,13 +127,11 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     # each step of the way a channel rises or falls by the chroma. Grey has no hue, and needs none.
     away = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=1e-20)).add_(1)
     hue = torch.copysign(away, green - blue).mul_(1 / 6).add_(turn)  # in circles
-    channels = torch.empty_like(pixels)
-    for channel in range(3):
-        # Each channel is the value, less chroma where the hue is far from it (Smith, 1978).
-        away = hue - channel / 3
-        away.sub_(away.round()).abs_().mul_(6).sub_(1).clamp_(0, 1)
-        channels[:, channel] = torch.addcmul(value, chroma, away, value=-1)
-    return channels
+    # Each channel is the value, less chroma where the hue is far from it (Smith, 1978).
+    places = torch.arange(3, device=pixels.device)[:, None, None] / 3
+    away = hue[:, None] - places  # (B, 3, S, S)
+    away.sub_(away.round()).abs_().mul_(6).sub_(1).clamp_(0, 1)
+    return torch.addcmul(value[:, None], chroma[:, None], away, value=-1)
 
 
 def blur(pixels: Tensor, sigmas_px: Tensor) -> Tensor:
