@@ -13,7 +13,7 @@ MAX_POINTS = 160  # of a line; longer ones are thinned evenly, the last point al
 MAX_DOTS = 40  # up to so many points are drawn as dots too
 # One unit is a CSS pixel on the narrowest screen, so that text stays readable there.
 WIDTH, HEIGHT = 340, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 18, 34
 
 Point = tuple[float, float]
 
@@ -55,7 +55,7 @@ def line_chart(
             place = axes.x(x)
             parts.append(
                 f'<line class="mark" x1="{place}" x2="{place}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-                f'<text class="small" x="{place + 3}" y="{TOP + 9}">{escape(name)}</text>'
+                f'<text class="small" x="{place + 3}" y="{TOP - 6}">{escape(name)}</text>'
             )
     for number, line in enumerate(drawn):
         path = " ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in line.points)

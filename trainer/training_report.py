@@ -139,7 +139,7 @@ def warnings(report: Mapping[str, Any], recipe: Recipe, metrics: Sequence[Metric
     if before is not None and after is not None and after < before:
         found.append("Training made the embeddings worse than the untrained network's.")
     if data["images_skipped"]:
-        found.append(f"{data['images_skipped']} files were skipped; they are listed below.")
+        found.append(f"Skipped files: {data['images_skipped']:,}, listed below with the reasons.")
     if recipe.loss.warmup_epochs >= recipe.epochs:
         found.append(
             f"The invariance loss never counted: loss.warmup_epochs={recipe.loss.warmup_epochs} is "

@@ -37,16 +37,16 @@ def test_number__as_a_person_reads_it(value: float, text: str) -> None:
 
 def test_line__is_where_its_numbers_are() -> None:
     chart = line_chart("T", [Line("a", [(0, 0.0), (10, 1.0)])], unit="u", range_y=(0, 1))
-    # 340 x 200 with margins of 46, 10, 10, 34.
-    assert 'points="46.0,166.0 330.0,10.0"' in chart
+    # 340 x 200 with margins of 46, 10, 18, 34.
+    assert 'points="46.0,166.0 330.0,18.0"' in chart
     assert "<title>a, epoch 10: 1</title>" in chart
     assert 'aria-label="T: a 0 at epoch 0, 1 at epoch 10"' in chart
 
 
 def test_line__that_does_not_change_or_has_one_point() -> None:
     flat = line_chart("T", [Line("a", [(1, 0.0), (2, 0.0)])], unit="")
-    assert 'points="46.0,88.0 330.0,88.0"' in flat
-    assert 'points="188.0,88.0"' in line_chart("T", [Line("a", [(1, 5.0)])], unit="")
+    assert 'points="46.0,92.0 330.0,92.0"' in flat
+    assert 'points="188.0,92.0"' in line_chart("T", [Line("a", [(1, 5.0)])], unit="")
     assert line_chart("T", [Line("a", [])], unit="") == ""
 
 
@@ -77,5 +77,5 @@ def test_histogram__is_scaled_to_its_own_sum() -> None:
     assert "hard" not in chart
     (area,) = re.findall(r'points="([^"]*)"', chart)
     # Up to 0.75 / 0.7875 of the height, half way across; then a third of that.
-    assert area.split()[1:3] == ["46.0,17.4", "188.0,17.4"]
+    assert area.split()[1:3] == ["46.0,25.0", "188.0,25.0"]
     assert histogram_chart("Epoch 1", {"easy": [0, 0]}) == ""
