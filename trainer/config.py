@@ -20,11 +20,13 @@ OPERATIONAL_KEYS = frozenset(
     {
         "data.workers",
         "data.resident_limit_bytes",
+        "data.device_limit_bytes",
         "checkpoint.every_epochs",
         "checkpoint.keep",
         "checkpoint.keep_every_epochs",
         "bank.sharded",
         "distributed.timeout_s",
+        "speed.graph",
     }
 )
 
@@ -48,6 +50,7 @@ class DataConfig(Section):
     crop_fraction: Annotated[float, Field(gt=0, le=1)]  # of the short side, at evaluation
     max_skipped: Fraction  # share of unreadable files that a run accepts
     resident_limit_bytes: Annotated[int, Field(ge=0)]  # images held in memory; past it: decoded
+    device_limit_bytes: Annotated[int, Field(ge=0)]  # and on a GPU; past it: copied batch by batch
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"]  # decoding processes
 
 
@@ -153,6 +156,13 @@ class DistributedConfig(Section):
     timeout_s: Annotated[int, Field(ge=1, le=86_400)]  # a process that is silent so long is lost
 
 
+class SpeedConfig(Section):
+    """How steps are launched; the off switches of what may fail on a machine."""
+
+    compile: bool  # the encoder, by torch.compile: rounds in another way
+    graph: Literal["auto", "off"]  # auto: one process on a GPU replays its steps as CUDA graphs
+
+
 class Recipe(Section):
     """Everything that decides what a run computes."""
 
@@ -170,6 +180,7 @@ class Recipe(Section):
     monitor: MonitorConfig
     checkpoint: CheckpointConfig
     distributed: DistributedConfig
+    speed: SpeedConfig
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as it stands in YAML and JSON."""

@@ -6,31 +6,28 @@ written with the joined batch in its order, so that all banks stay equal.
 """
 
 import math
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from trainer.augment import apply_views, draw_views
 from trainer.checkpoint import Progress as SavedProgress
 from trainer.checkpoint import Retention, TrainingState
 from trainer.checkpoint_writer import CheckpointNotWritten, CheckpointWriter
 from trainer.config import Recipe
 from trainer.distributed import ALONE, Ranks
+from trainer.engine import Engine, build_engine
 from trainer.fingerprints import digest
 from trainer.inspection import Inspector
 from trainer.interruption import Interrupted, StopAsked, StopRequest
 from trainer.monitor import KnnMonitor, is_collapsed
 from trainer.pictures import pictures
 from trainer.progress import Progress, say
+from trainer.readings import PARTS, Clock, EpochSums, Reading, bound_by
 from trainer.run_folder import HISTOGRAMS, Journal, Metrics
 from trainer.schedule import (
     Position,
@@ -38,10 +35,9 @@ from trainer.schedule import (
     invariance_weight,
     learning_rate,
     steps_per_epoch,
-    view_generator,
 )
 from trainer.sharded_bank import replicated, whole_state
-from trainer.step import FIGURES, StepFigures, TrainingStep, read_figures
+from trainer.step import StepFigures
 from trainer.stock import CropStock
 
 # What a rank asks of all besides signals, above the number of any: its checkpoint was not written.
@@ -79,7 +75,7 @@ class Pretraining:
         retention = Retention(config.keep, config.keep_every_epochs, self.steps)
         return CheckpointWriter(self.checkpoints, retention)
 
-    def begin_save(self, position: Position, running: "EpochSums") -> None:
+    def begin_save(self, position: Position, running: EpochSums) -> None:
         """Begin to write a checkpoint of everything, on rank 0; no rank waits for the disk."""
         bank = whole_state(self.state.bank, self.ranks)
         if not self.ranks.is_first:
@@ -114,30 +110,6 @@ class Pretraining:
         return stop.signum or 0
 
 
-@dataclass
-class EpochSums:
-    """What adds up during an epoch; a checkpoint in the middle of one carries it."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0.0))
-
-    def add(self, figures: dict[str, float], seconds: float) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.seconds += seconds
-        for name, value in figures.items():
-            self.sums[name] += value
-
-    def means(self) -> dict[str, float]:
-        """The mean of each figure over the steps so far."""
-        return {name: value / self.steps for name, value in self.sums.items()}
-
-    def as_dict(self) -> dict[str, object]:
-        """As JSON values; `EpochSums(**values)` reads them back."""
-        return {"steps": self.steps, "seconds": self.seconds, "sums": dict(self.sums)}
-
-
 def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
     """Train from the beginning, or from where `resumed` was saved, to the last epoch.
 
@@ -164,10 +136,18 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
         if not run.journal.lines:
             with _leaving(run, position, sums, stop):
                 _measure_untrained(run, stop)
-        step = TrainingStep(run.recipe, run.state, network, ranks, lambda: run.wish(stop))
+        engine = build_engine(
+            run.recipe,
+            run.stock,
+            run.state,
+            network,
+            ranks,
+            run.device,
+            asked=lambda: run.wish(stop),
+        )
         with Progress("training", total, done=done) as progress:
             for epoch in range(position.epoch, run.recipe.epochs + 1):
-                _train_epoch(run, step, Position(epoch, position.step), sums, progress)
+                _train_epoch(run, engine, Position(epoch, position.step), sums, progress)
                 _check_equal(run, epoch)
                 with _leaving(run, Position(epoch, run.steps), sums, stop):
                     _finish_epoch(run, epoch, sums, stop)
@@ -176,54 +156,53 @@ def pretrain(run: Pretraining, resumed: SavedProgress | None = None) -> None:
 
 
 def _train_epoch(
-    run: Pretraining,
-    train: TrainingStep,
-    start: Position,
-    sums: EpochSums,
-    progress: Progress,
+    run: Pretraining, engine: Engine, start: Position, sums: EpochSums, progress: Progress
 ) -> None:
     recipe, epoch = run.recipe, start.epoch
-    train.set_rate(learning_rate(recipe.optim, epoch, recipe.epochs))
+    engine.step.set_rate(learning_rate(recipe.optim, epoch, recipe.epochs))
     weight = invariance_weight(recipe.loss.invariance_weight, epoch, recipe.loss.warmup_epochs)
     run.state.encoder.train()
     batches = epoch_batches(recipe.seed, epoch, len(run.stock), recipe.batch_size)[start.step :]
-    began = time.monotonic()
-    for step, (indices, pixels) in enumerate(_views(run, batches, start), start.step + 1):
-        position = Position(epoch, step)
-        figures = read_figures(train(indices, pixels, weight=weight))
-        _check_finite(figures, position)
-        now = time.monotonic()
-        sums.add(figures.means, now - began)
-        began = now
-        speed = sums.steps * recipe.batch_size / sums.seconds
-        progress.advance(
-            recipe.batch_size,
-            f"epoch {epoch}/{recipe.epochs}",
-            f"instance {figures.means['instance']:.3f}, "
-            f"invariance {figures.means['invariance']:.3f}, {speed:.0f} images/s",
-        )
-        if figures.signum and step < run.steps:
-            _leave(run, position, sums, figures.signum)
+    readings, clock = engine.readings, Clock()
+    with closing(engine.feed.epoch(batches, start)) as fed:
+        for step, batch in enumerate(fed, start.step + 1):
+            clock.lap("loader")
+            figures = engine.step(batch, weight=weight)
+            clock.lap(readings.launches)
+            readings.add(Position(epoch, step), figures)
+            readings.keep_pace()
+            # Several ranks hear of each other's wishes from the figures, to stop together.
+            signum = engine.asked() if run.ranks.size == 1 else 0
+            if not (signum or readings.due or step == run.steps):
+                clock.lap("device")
+                continue
+            found = readings.read()
+            clock.lap("device")
+            _count(run, found, sums, clock)
+            _show(run, found[-1], sums, progress, steps=len(found))
+            signum = max(signum, *(each.figures.signum for each in found))
+            clock.lap("host")
+            if signum and step < run.steps:
+                _leave(run, Position(epoch, step), sums, signum)
 
 
-def _views(
-    run: Pretraining, batches: NDArray[np.int64], start: Position
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield step by step the (B,) indices of the whole batch and this rank's views of its share.
+def _count(run: Pretraining, found: list[Reading], sums: EpochSums, clock: Clock) -> None:
+    for each in found:
+        _check_finite(each.figures, each.position)
+        sums.add(each.figures.means)
+    sums.spend(clock.take())
 
-    The views, (b, 3, S, S) on the device, are those the images would get in one process.
-    """
-    recipe = run.recipe
-    share = run.ranks.share(recipe.batch_size)
-    blocks = run.stock.batches(batches[:, share], run.device)
-    for step, (indices, block) in enumerate(zip(batches, blocks, strict=True), start.step + 1):
-        generator = view_generator(recipe.seed, start.epoch, step)
-        # Drawn for the whole batch; nothing that is drawn depends on the sizes of the others'.
-        sizes = torch.ones(len(indices), 2, dtype=block.sizes.dtype)
-        sizes[share] = block.sizes
-        views = draw_views(recipe.augment, sizes, generator).share(share)
-        pixels = apply_views(block.pixels, views, size_px=recipe.encoder.image_size_px)
-        yield torch.from_numpy(indices).to(run.device), pixels
+
+def _show(
+    run: Pretraining, last: Reading, sums: EpochSums, progress: Progress, *, steps: int
+) -> None:
+    means, speed = last.figures.means, sums.steps * run.recipe.batch_size / sums.seconds
+    progress.advance(
+        steps * run.recipe.batch_size,
+        f"epoch {last.position.epoch}/{run.recipe.epochs}",
+        f"instance {means['instance']:.3f}, invariance {means['invariance']:.3f}, "
+        f"{speed:.0f} images/s",
+    )
 
 
 def _check_finite(figures: StepFigures, position: Position) -> None:
@@ -308,6 +287,7 @@ def _finish_epoch(run: Pretraining, epoch: int, sums: EpochSums, stop: StopReque
         "lr": learning_rate(recipe.optim, epoch, recipe.epochs),
         **means,
         "images_per_s": sums.steps * recipe.batch_size / sums.seconds,
+        **{f"{part}_share": share for part, share in sums.shares().items()},
         "collapsed": collapsed,
     }
     due = last or epoch % recipe.monitor.every_epochs == 0
@@ -347,12 +327,13 @@ def _inspect(run: Pretraining, inspector: Inspector, metrics: Metrics) -> dict[s
 
 def _epoch_line(metrics: Metrics, epochs: int) -> str:
     knn = f", kNN accuracy {metrics['knn']:.4f}" if "knn" in metrics else ""
+    bound = bound_by({part: metrics[f"{part}_share"] for part in PARTS})
     if "purity_chosen" in metrics:
         knn = f", {metrics['purity_chosen']:.0%} of the chosen positives of one class{knn}"
     return (
         f"epoch {metrics['epoch']}/{epochs}: instance loss {metrics['instance']:.4f}, invariance "
         f"loss {metrics['invariance']:.4f}, {metrics['reached']:.1f} positives reached, "
-        f"{metrics['images_per_s']:.0f} images/s{knn}"
+        f"{metrics['images_per_s']:.0f} images/s, {bound}{knn}"
     )
 
 

@@ -4,6 +4,7 @@ In: fresh embeddings (B, D) and the bank (N, D). Out: ids and similarities of th
 each, without ever holding (B, N). No gradient: the losses need only what is found here.
 """
 
+import math
 import threading
 from typing import NamedTuple
 
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 
 # Similarities held at a time: B = 128 against N = 50,000 in one block; smaller ones cost calls.
 BLOCK_BYTES = 32 * 2**20
+
+# The same on a GPU, where fewer, larger blocks select from fewer entries: N = 1,281,167, B = 256 is
+# six blocks and CIFAR-10 is one (unmeasured on a GPU; tests/gpu/bench_trainer.py tries others).
+DEVICE_BLOCK_BYTES = 256 * 2**20
+LEAST_TILE = 4  # smaller ones would leave hardly fewer entries than there are
 
 # One column in 16 gives a bound near the M-th best, so that only about M of N columns are selected
 # from (measured: 10 ms instead of 14 ms for B = 128, N = 50,000, M = 4096).
@@ -37,20 +43,22 @@ class TopM(NamedTuple):
 def top_m(queries: Tensor, bank: Tensor, m: int, *, block_rows: int | None = None) -> TopM:
     """Find the m bank rows of highest inner product with each query, exactly.
 
-    Of equal similarities at the m-th place the lowest ids are taken (on the CPU; elsewhere torch
-    decides, which changes no loss, for equal similarities weigh the same).
+    Of equal similarities at the m-th place the lowest ids are taken.
 
     Args:
         queries: (B, D) of the bank's dtype.
         bank: (N, D).
         m: how many, >= 1; lowered to N.
-        block_rows: bank rows compared at a time; by default BLOCK_BYTES of similarities.
+        block_rows: bank rows compared at a time; by default BLOCK_BYTES of similarities on the CPU
+            and DEVICE_BLOCK_BYTES elsewhere.
     """
     m = min(m, len(bank))
+    on_cpu = queries.device.type == "cpu"
     if block_rows is None:
-        block_rows = max(1, BLOCK_BYTES // (queries.element_size() * max(1, len(queries))))
+        limit = BLOCK_BYTES if on_cpu else DEVICE_BLOCK_BYTES
+        block_rows = max(1, limit // (queries.element_size() * max(1, len(queries))))
     block_rows = min(block_rows, len(bank))
-    if queries.device.type == "cpu":
+    if on_cpu:
         return _top_m_on_cpu(queries, bank, m, block_rows)
     return _top_m_on_device(queries, bank, m, block_rows)
 
@@ -160,16 +168,62 @@ def _scores(batch: int, block_rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _top_m_on_device(queries: Tensor, bank: Tensor, m: int, block_rows: int) -> TopM:
-    ids: Tensor | None = None
+    """The same with whole-matrix operations: no shape and no branch depends on a value.
+
+    Similarities are full float32 products: on GPUs torch's own default, which `top_m` does not
+    touch (TF32 or bf16 would pick other rows at the M-th place). Ids stay ascending throughout, so
+    nothing is ever sorted.
+    """
+    ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     similarities = queries.new_empty(len(queries), 0)
     for start in range(0, len(bank), block_rows):
-        scores = queries @ bank[start : start + block_rows].T
-        best = scores.topk(min(m, scores.shape[1]), dim=1, sorted=False)
-        similarities = torch.cat([similarities, best.values], dim=1)
-        ids = best.indices if ids is None else torch.cat([ids, best.indices + start], dim=1)
-        if similarities.shape[1] > m:
-            top = similarities.topk(m, dim=1, sorted=False)
-            similarities, ids = top.values, ids.gather(1, top.indices)
-    assert ids is not None
-    ids, order = ids.sort(dim=1)
-    return TopM(ids, similarities.gather(1, order))
+        scores = queries @ bank[start : start + block_rows].T  # (B, R)
+        columns, best = _best_of_block(scores, min(m, scores.shape[1]))
+        if start:
+            ids = torch.cat([ids, columns + start], dim=1)
+            similarities = torch.cat([similarities, best], dim=1)
+            kept = _best_places(similarities, min(m, ids.shape[1]))
+            ids, similarities = ids.gather(1, kept), similarities.gather(1, kept)
+        else:
+            ids, similarities = columns, best
+    return TopM(ids, similarities)
+
+
+def _best_of_block(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(B, R) -> (B, count) columns, ascending, and values of the largest; of equal ones the first.
+
+    In a wide block the `count` best tiles by their maximum are found first: they hold all of the
+    `count` best entries, since each of them has one that is at least as good as any outside. With
+    tiles of sqrt(R / count) that leaves 2 sqrt(R count) entries to select from instead of R.
+    """
+    batch, width = scores.shape
+    size = 2 ** round(math.log2(width / count) / 2)
+    if size < LEAST_TILE:
+        kept = _best_places(scores, count)
+        return kept, scores.gather(1, kept)
+    whole = width // size * size
+    tiles = scores[:, :whole].view(batch, -1, size)  # (B, T, size)
+    chosen = _best_places(tiles.amax(dim=2), count)  # (B, count)
+    entries = tiles.gather(1, chosen[:, :, None].expand(-1, -1, size)).flatten(1)
+    within = torch.arange(size, device=scores.device)
+    columns = (chosen[:, :, None] * size + within).flatten(1)  # (B, count x size)
+    if whole < width:  # what fills no tile
+        rest = torch.arange(whole, width, device=scores.device).expand(batch, -1)
+        entries = torch.cat([entries, scores[:, whole:]], dim=1)
+        columns = torch.cat([columns, rest], dim=1)
+    kept = _best_places(entries, count)
+    return columns.gather(1, kept), entries.gather(1, kept)
+
+
+def _best_places(values: Tensor, count: int) -> Tensor:
+    """(B, R) -> (B, count) columns of the largest values, ascending; of equal ones the first."""
+    width = values.shape[1]
+    least = values.kthvalue(width - count + 1, dim=1, keepdim=True).values  # the count-th best
+    above, tied = values > least, values == least
+    spare = count - above.sum(dim=1, keepdim=True, dtype=torch.int32)  # how many ties fit
+    fitting = tied & (tied.cumsum(dim=1, dtype=torch.int32) <= spare)
+    rank = (above | fitting).cumsum(dim=1, dtype=torch.int32)  # the i-th kept one has rank i
+    wanted = torch.arange(1, count + 1, device=values.device, dtype=torch.int32)
+    columns = torch.searchsorted(rank, wanted.expand(len(values), -1).contiguous())
+    # No number is above or equal to NaN: with one among them, columns past the end are asked for.
+    return columns.clamp(max=width - 1)

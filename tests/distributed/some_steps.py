@@ -31,11 +31,14 @@ from trainer.interruption import Interrupted
 from trainer.launch import Launch
 from trainer.objective import Objective
 from trainer.pretrain import Pretraining, pretrain
+from trainer.readings import PARTS
 from trainer.run_folder import Journal
 from trainer.schedule import Position
 from trainer.session import begin_from, build
 from trainer.sharded_bank import whole_state
 from trainer.stock import CropStock
+
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 
 
 class Job(NamedTuple):
@@ -138,7 +141,7 @@ def _train(images: str, folder: Path, job: Job, launch: Launch) -> None:
     torch.save(
         {
             "lines": [
-                {name: value for name, value in line.items() if name != "images_per_s"}
+                {name: value for name, value in line.items() if name not in TIMINGS}
                 for line in run.journal.lines
             ],
             "losses": torch.tensor(losses),

@@ -17,8 +17,10 @@ import safetensors.torch
 import torch
 
 from trainer.checkpoint import checkpoints
+from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 TINY = (
     "batch_size=8",
     "device=cpu",
@@ -86,7 +88,7 @@ def _state(output: Path) -> dict[str, torch.Tensor]:
 
 def _figures(output: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
 def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(

@@ -16,25 +16,28 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer import checkpoint_writer
+from trainer import checkpoint_writer, search
+from trainer import engine as engine_module
 from trainer import pretrain as module
 from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import open_source
 from trainer.decoding import DecodePool, survey
+from trainer.distributed import Ranks
 from trainer.inspection import build_inspector
 from trainer.interruption import Interrupted
 from trainer.monitor import KnnMonitor
 from trainer.objective import LossConfig, Objective, objective
 from trainer.pretrain import Pretraining, TrainingFailed, pretrain
+from trainer.readings import PARTS, Readings
 from trainer.representation.preprocess import InputContract
 from trainer.run_folder import Journal, RunFolder
 from trainer.session import build
 from trainer.step import loss_config
 from trainer.stock import CropStock
 
-TIMINGS = ("images_per_s",)
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 Run = Callable[..., Pretraining]
 
 
@@ -226,9 +229,45 @@ def test_loss__that_is_no_number_stops_and_leaves_the_last_checkpoint(
     assert all(tensor.isfinite().all() for tensor in _tensors(made))
 
 
-def test_metrics__of_every_epoch(run: Run) -> None:
+@pytest.mark.parametrize("window", [2, 5, 32])
+def test_readings__seldom_change_nothing_but_when_it_is_noticed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    at_once = run("at-once")
+    pretrain(at_once)
+
+    def seldom(device: torch.device, ranks: Ranks) -> Readings:
+        readings = Readings(device, ranks, until=window)
+        monkeypatch.setattr(Readings, "launches", "host")  # as on a GPU
+        return readings
+
+    monkeypatch.setattr(engine_module, "Readings", seldom)
+    made = run("seldom")
+    pretrain(made)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(at_once), _tensors(made), strict=True))
+    assert _figures(at_once) == _figures(made)
+
+    calls: list[int] = []
+
+    def poisoned(*arguments: Any) -> Objective:
+        calls.append(1)
+        found = objective(*arguments)
+        return found._replace(instance=found.instance * torch.nan) if len(calls) == 8 else found
+
+    monkeypatch.setattr(step_module, "objective", poisoned)
+    # The steps until the next reading work on what is no number, as on a GPU.
+    monkeypatch.setattr(search, "_top_m_on_cpu", search._top_m_on_device)
+    spoilt = run("spoilt")
+    with pytest.raises(TrainingFailed, match=r"the loss is nan .* in epoch 2, step 3"):
+        pretrain(spoilt)
+    assert len(calls) == {2: 9, 5: 10, 32: 10}[window]  # 2: the fourth step of the epoch is read
+    assert [path.name for path in checkpoints(spoilt.checkpoints)] == ["epoch-0001-step-000005"]
+
+
+def test_metrics__of_every_epoch(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     made = run("metrics", "optim.schedule=step", "optim.milestones=[1]")
     pretrain(made)
+    assert "images/s, bound by the device (" in capsys.readouterr().out
     untrained, first, second = made.journal.lines
     assert set(untrained) == {"epoch", "knn"}
     assert (first["epoch"], second["epoch"]) == (1, 2)
@@ -237,6 +276,10 @@ def test_metrics__of_every_epoch(run: Run) -> None:
     assert 0 < second["reached"] <= 6  # 2 neighbours, then 4 of theirs
     assert 0 < second["hard_share"] <= 1
     assert second["images_per_s"] > 0
+    shares = [second[f"{part}_share"] for part in PARTS]
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) > 0
+    assert second["device_share"] > 0.3  # the computation, on a CPU
     assert {"knn", "instance", "invariance", "spread", "collapsed"} <= set(second)
 
 

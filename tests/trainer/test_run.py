@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 from trainer.run import main
 from trainer.run_folder import RunFolder
 from trainer.session import summarise
 
 Pictures = Callable[..., Path]
+
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 
 
 def _tiny(overrides: Sequence[str], data: Path | str, output: Path, *more: str) -> list[str]:
@@ -31,7 +34,7 @@ def _tiny(overrides: Sequence[str], data: Path | str, output: Path, *more: str) 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
 def _seen(output: Path) -> list[str]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference.tape import never_waits
 from trainer import search
 from trainer.search import TopM, nearest, places, top_m
 
@@ -65,11 +66,22 @@ def test_top_m__more_than_the_bank_holds_is_lowered() -> None:
     assert nearest(found, 11)[:, 9:].tolist() == [[-1, -1]] * 2
 
 
-@pytest.mark.parametrize("block_rows", [16, 100])
-def test_top_m__the_path_of_other_devices_agrees(block_rows: int) -> None:
-    queries, bank = rows(5, 8, 3, tied=False), rows(100, 8, 4, tied=False)
-    there = search._top_m_on_device(queries, bank, 20, block_rows)
-    check(there, queries, bank, 20)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("block_rows", [16, 100, 700, 1500, 3001])  # tiles of 4 from 700 on
+@pytest.mark.parametrize("m", [1, 20, 40])
+def test_top_m__the_path_of_other_devices_agrees(m: int, block_rows: int, tied: bool) -> None:
+    queries, bank = rows(5, 4, 3, tied=tied), rows(3001, 4, 4, tied=tied)
+    with never_waits():
+        there = search._top_m_on_device(queries, bank, m, block_rows)
+    check(there, queries, bank, m)
+
+
+def test_top_m__the_path_of_other_devices_survives_what_is_no_number() -> None:
+    queries, bank = rows(2, 4, 3, tied=False), rows(900, 4, 4, tied=False)
+    queries[1] = torch.nan
+    found = search._top_m_on_device(queries, bank, 20, 900)
+    check(TopM(found.ids[:1], found.similarities[:1]), queries[:1], bank, 20)
+    assert ((found.ids >= 0) & (found.ids < 900)).all()  # or a GPU would give up altogether
 
 
 def test_top_m__works_in_double_precision() -> None:
