@@ -91,12 +91,13 @@ def _figures(output: Path) -> list[dict[str, Any]]:
     return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
+@pytest.mark.timeout(300)
 def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(
     images: Path, tmp_path: Path, start: Start
 ) -> None:
     words = [*TINY, "epochs=12", "checkpoint.every_epochs=2", "bank.sharded=true"]
     whole = start([*_torchrun(), *_words(images, tmp_path / "whole", *words)])
-    said, _ = whole.communicate(timeout=100)
+    said, _ = whole.communicate(timeout=140)
     assert whole.returncode == 0, said
     assert said.count("epoch 1/12") == 1  # rank 0 alone speaks
     assert "2 processes" in said
@@ -105,7 +106,7 @@ def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(
     killed = start([*_torchrun("--max-restarts=1"), *_words(images, tmp_path / "cut", *words)])
     _until(killed, "epoch 3/12")
     _ranks(killed)[1].kill()
-    said, _ = killed.communicate(timeout=100)
+    said, _ = killed.communicate(timeout=140)
     assert killed.returncode == 0, said
     assert "going on from epoch-" in said
     one, other = _state(tmp_path / "whole"), _state(tmp_path / "cut")
