@@ -5,15 +5,11 @@ images' embeddings. Out: a directory named by the hash of all of it, see `write_
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from trainer.representation.artifact import (
     MANIFEST,
@@ -22,41 +18,55 @@ from trainer.representation.artifact import (
     open_artifact,
     write_artifact,
 )
-from trainer.representation.neighbours import KnnGraph
+from trainer.representation.bundle_gallery import (
+    GALLERY_FILES,
+    MAX_ID_LENGTH,
+    BundleGallery,
+    check_gallery,
+    gallery_files,
+    gallery_from_files,
+)
 from trainer.representation.preprocess import InputContract
+
+__all__ = [
+    "FP32",
+    "MAX_ID_LENGTH",
+    "REQUIRED_FILES",
+    "Bundle",
+    "BundleError",
+    "BundleGallery",
+    "Variant",
+    "open_bundle",
+    "write_bundle",
+]
 
 SCHEMA = "invprop.bundle/1"
 ENCODER = "encoder.onnx"
 WEIGHTS = "encoder.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
-GALLERY_IDS = "gallery/ids.json"
-GALLERY_EMBEDDINGS = "gallery/embeddings.npy"
-GALLERY_NEIGHBOURS = "gallery/neighbours.npy"
-GALLERY_SIMILARITIES = "gallery/similarities.npy"
 REQUIRED_FILES = (
     ENCODER,
     WEIGHTS,
     PREPROCESSOR,
     CARD,
-    GALLERY_IDS,
-    GALLERY_EMBEDDINGS,
-    GALLERY_NEIGHBOURS,
-    GALLERY_SIMILARITIES,
+    *GALLERY_FILES,
 )
-MAX_ID_LENGTH = 512  # characters; http-api: ids are strings of 1..512 characters
+# Timings of the graphs: the one file that a repeated export may write differently.
+SPEED = "speed.json"
+FP32 = "fp32"  # the precision of `encoder.onnx` and of the gallery's embeddings
 
 
 class BundleError(Exception):
     """A bundle that cannot be trusted; the message names the file and what is wrong with it."""
 
 
-class BundleGallery(NamedTuple):
-    """The training images as items: what the service answers from the moment training ends."""
+class Variant(NamedTuple):
+    """The encoder's graph in another precision, or why the bundle does not carry it."""
 
-    ids: list[str]  # N different strings of 1..512 characters
-    embeddings: NDArray[np.float32]  # (N, D) unit length, of the un-augmented images
-    graph: KnnGraph  # (N, K) exact, on these embeddings
+    graph: bytes | None  # with the input and outputs of `encoder.onnx`; None: left out
+    reason: str | None  # in words and figures, why it was left out; None: it is there
+    figures: Mapping[str, Any]  # what was measured of it, as JSON values
 
 
 @dataclass(frozen=True)
@@ -64,15 +74,59 @@ class Bundle:
     """An opened bundle: every file was compared with its hash."""
 
     directory: Path
-    model_id: str  # sha256 (hex) of the canonical manifest
+    model_id: str  # sha256 (hex) of the canonical manifest: every weight, no timing
     contract: InputContract
     feature_dim: int  # F, of the output `features` (B, F)
     embedding_dim: int  # D, of the output `embedding` (B, D), unit length
     manifest: Mapping[str, Any]
 
-    def encoder_onnx(self) -> bytes:
-        """The serialised ONNX graph: input `images` uint8 (B, S, S, 3), outputs as above."""
-        return self.read(ENCODER)
+    def encoder_onnx(self, precision: str = FP32) -> bytes:
+        """The serialised ONNX graph: input `images` uint8 (B, S, S, 3), outputs as above.
+
+        Raises:
+            BundleError: the bundle does not carry that precision; says why.
+        """
+        return self.read(self.encoder_file(precision))
+
+    def encoder_file(self, precision: str = FP32) -> str:
+        """The name of the file that holds the graph of a precision.
+
+        Raises:
+            BundleError: the bundle does not carry it; says why.
+        """
+        if precision == FP32:
+            return ENCODER
+        if precision in self.precisions:
+            return _graph_file(precision)
+        reason = self.variants.get(precision, {}).get("reason", "it was exported without one")
+        raise BundleError(f"{self.directory} has no {precision} graph: {reason}")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that the bundle has a graph of; `fp32` always."""
+        return (FP32, *(name for name, facts in self.variants.items() if facts["file"]))
+
+    @property
+    def variants(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the manifest says of the other precisions that were asked for at the export.
+
+        Each has `file` and `reason`, one of which is None, and the figures of `write_bundle`.
+        Empty for bundles that were written before there were any.
+        """
+        variants: Mapping[str, Mapping[str, Any]] = self.manifest.get("variants", {})
+        return variants
+
+    def speed(self) -> Mapping[str, Any] | None:
+        """What was timed at the export; None where nothing was."""
+        if SPEED not in self.manifest["files"]:
+            return None
+        try:
+            timed = json.loads(self.read(SPEED))
+        except ValueError as error:
+            raise BundleError(f"{self.directory / SPEED}: {error}") from error
+        if not isinstance(timed, dict):
+            raise BundleError(f"{self.directory / SPEED} must hold names and figures")
+        return timed
 
     def read(self, name: str) -> bytes:
         """The content of one of the bundle's files, checked once more as it is read."""
@@ -84,16 +138,9 @@ class Bundle:
     def gallery(self) -> BundleGallery:
         """Read the training images' ids, embeddings and graph, and check that they fit."""
         try:
-            ids = json.loads(self.read(GALLERY_IDS))
-            embeddings, neighbours, similarities = (
-                np.lib.format.read_array(io.BytesIO(self.read(name)), allow_pickle=False)
-                for name in (GALLERY_EMBEDDINGS, GALLERY_NEIGHBOURS, GALLERY_SIMILARITIES)
-            )
-            gallery = BundleGallery(ids, embeddings, KnnGraph(neighbours, similarities))
-            _check_gallery(gallery, self.embedding_dim)
+            return gallery_from_files(self.read, self.embedding_dim)
         except ValueError as error:
             raise BundleError(f"{self.directory / 'gallery'}: {error}") from error
-        return gallery
 
 
 def write_bundle(
@@ -112,8 +159,13 @@ def write_bundle(
     provenance: Mapping[str, Any],
     card: str,
     gallery: BundleGallery,
+    variants: Mapping[str, Variant] | None = None,
+    speed: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a bundle, all or nothing.
+
+    Equal parts give equal bundles with equal model_ids. Timings are never equal, so `speed` stands
+    in a file of its own, whose hash the manifest lists and the model_id leaves out.
 
     Args:
         directory: where it will stand; an older bundle there is replaced at the very end.
@@ -129,22 +181,30 @@ def write_bundle(
         provenance: versions and commit.
         card: the model card, Markdown.
         gallery: the training images.
+        variants: the graph in other precisions, by their names.
+        speed: what was timed.
 
     Raises:
         ValueError: the gallery's parts do not fit each other.
         OSError: the disk is full or not writable; nothing is left behind.
     """
-    _check_gallery(gallery, embedding_dim)
+    check_gallery(gallery, embedding_dim)
     files = {
         ENCODER: encoder_onnx,
         WEIGHTS: weights,
         PREPROCESSOR: _json(_preprocessor(contract, pixel_mean, pixel_std)),
         CARD: card.encode(),
-        GALLERY_IDS: _json(gallery.ids),
-        GALLERY_EMBEDDINGS: _npy(gallery.embeddings),
-        GALLERY_NEIGHBOURS: _npy(gallery.graph.neighbours),
-        GALLERY_SIMILARITIES: _npy(gallery.graph.similarities),
+        **gallery_files(gallery),
     }
+    entries: dict[str, Any] = {}
+    for precision, variant in (variants or {}).items():
+        name = None
+        if variant.graph is not None:
+            name = _graph_file(precision)
+            files[name] = variant.graph
+        entries[precision] = {"file": name, "reason": variant.reason, **variant.figures}
+    if speed is not None:
+        files[SPEED] = _json(speed)
     facts: dict[str, Any] = {
         "schema": SCHEMA,
         "dims": {"features": feature_dim, "embedding": embedding_dim},
@@ -155,6 +215,8 @@ def write_bundle(
         "provenance": provenance,
         "gallery": {"images": len(gallery.ids), "k": int(gallery.graph.neighbours.shape[1])},
     }
+    if entries:  # without any, the manifest is what it was before there were variants
+        facts["variants"] = entries
     facts = json.loads(_json(facts))  # what a reader will see, so that the hash is the same
     facts["model_id"] = _model_id({**facts, "files": file_entries(files)})
     write_artifact(directory, files, facts)
@@ -180,6 +242,10 @@ def open_bundle(directory: str | Path) -> Bundle:
         raise BundleError(f"{path} does not list {missing[0]}")
     if manifest.get("model_id") != _model_id(manifest):
         raise BundleError(f"{path} was edited: its model_id is not the hash of its content")
+    for precision, variant in _variants_of(manifest, path).items():
+        name = variant["file"]
+        if name is not None and (name != _graph_file(precision) or name not in manifest["files"]):
+            raise BundleError(f"{path} does not list the {precision} graph {name!r}")
     try:
         return Bundle(
             directory=directory,
@@ -193,40 +259,26 @@ def open_bundle(directory: str | Path) -> Bundle:
         raise BundleError(f"{path} is not complete: {error}") from error
 
 
+def _graph_file(precision: str) -> str:
+    return ENCODER if precision == FP32 else f"encoder.{precision}.onnx"
+
+
+def _variants_of(manifest: Mapping[str, Any], path: Path) -> Mapping[str, Mapping[str, Any]]:
+    variants = manifest.get("variants", {})
+    if not isinstance(variants, dict) or not all(
+        isinstance(entry, dict) and (entry.get("file") is None) != (entry.get("reason") is None)
+        for entry in variants.values()
+    ):
+        raise BundleError(f"{path}: `variants` must give each precision a file or a reason")
+    return variants
+
+
 def _model_id(manifest: Mapping[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "model_id"}
+    content["files"] = {name: e for name, e in manifest["files"].items() if name != SPEED}
     # ASCII, so that even text that is no valid Unicode has a hash, and an edit is told as an edit.
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-
-def _check_gallery(gallery: BundleGallery, dim: int) -> None:
-    ids, embeddings, graph = gallery
-    if not isinstance(ids, list) or not all(
-        isinstance(i, str) and 1 <= len(i) <= MAX_ID_LENGTH for i in ids
-    ):
-        raise ValueError(f"ids must be a list of strings of 1..{MAX_ID_LENGTH} characters")
-    count = len(ids)
-    if len(set(ids)) != count:
-        raise ValueError("ids must differ from each other")
-    if embeddings.shape != (count, dim) or embeddings.dtype != np.float32:
-        raise ValueError(
-            f"embeddings must be float32 ({count}, {dim}), "
-            f"got {embeddings.dtype} {embeddings.shape}"
-        )
-    if not np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3):
-        raise ValueError("embeddings must be finite and of unit length")
-    neighbours, similarities = graph
-    if neighbours.shape != similarities.shape or neighbours.shape[:1] != (count,):
-        raise ValueError(
-            f"the graph is {neighbours.shape} and {similarities.shape} for {count} ids"
-        )
-    if neighbours.dtype != np.int64 or similarities.dtype != np.float32:
-        raise ValueError("the graph must be int64 neighbours and float32 similarities")
-    if neighbours.size and (neighbours.min() < -1 or neighbours.max() >= count):
-        raise ValueError("the graph names rows that are not there")
-    if (neighbours == np.arange(count)[:, None]).any():
-        raise ValueError("the graph has a node that is its own neighbour")
 
 
 def _preprocessor(
@@ -253,9 +305,3 @@ def _preprocessor(
 
 def _json(value: object) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False).encode()
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()

@@ -14,6 +14,7 @@ from trainer.representation.bundle import (
     REQUIRED_FILES,
     BundleError,
     BundleGallery,
+    Variant,
     open_bundle,
     write_bundle,
 )
@@ -103,6 +104,104 @@ def test_model_id__follows_every_part(
 ) -> None:
     other = open_bundle(written(tmp_path / "other", **changes))
     assert other.model_id != open_bundle(directory).model_id
+
+
+VARIANTS = {
+    "fp16": Variant(b"the half graph", None, {"cosine": {"min": 0.9999, "mean": 1.0}}),
+    "int8": Variant(None, "its smallest cosine to fp32 is 0.8", {"cosine": {"min": 0.8}}),
+}
+SPEED = {"runs": [{"batch": 8, "images_per_s": {"fp32": 10.5}}]}
+
+
+@pytest.fixture
+def varied(tmp_path: Path) -> Path:
+    return written(tmp_path / "varied", variants=VARIANTS, speed=SPEED)
+
+
+def test_variants__are_there_or_say_why_not(varied: Path) -> None:
+    bundle = open_bundle(varied)
+    assert bundle.precisions == ("fp32", "fp16")
+    assert bundle.encoder_onnx() == bundle.encoder_onnx("fp32") == b"the graph"
+    assert bundle.encoder_onnx("fp16") == b"the half graph"
+    assert bundle.encoder_file("fp16") == "encoder.fp16.onnx"
+    assert bundle.variants == {
+        "fp16": {
+            "file": "encoder.fp16.onnx",
+            "reason": None,
+            "cosine": {"min": 0.9999, "mean": 1.0},
+        },
+        "int8": {
+            "file": None,
+            "reason": "its smallest cosine to fp32 is 0.8",
+            "cosine": {"min": 0.8},
+        },
+    }
+    with pytest.raises(BundleError, match=r"has no int8 graph: its smallest cosine .* is 0\.8"):
+        bundle.encoder_onnx("int8")
+    assert bundle.manifest["files"]["encoder.fp16.onnx"]["size_bytes"] == 14
+    assert bundle.speed() == SPEED
+
+
+def test_variants__of_a_bundle_written_before_there_were_any(directory: Path) -> None:
+    bundle = open_bundle(directory)
+    assert "variants" not in bundle.manifest
+    assert (bundle.variants, bundle.precisions, bundle.speed()) == ({}, ("fp32",), None)
+    with pytest.raises(BundleError, match="has no int8 graph: it was exported without one"):
+        bundle.encoder_onnx("int8")
+
+
+def test_model_id__is_of_every_variant_and_of_no_timing(varied: Path, tmp_path: Path) -> None:
+    model_id = open_bundle(varied).model_id
+    assert model_id != GOLDEN
+    faster = {"runs": [{"batch": 8, "images_per_s": {"fp32": 99.5}}]}
+    again = open_bundle(written(tmp_path / "again", variants=VARIANTS, speed=faster))
+    assert again.model_id == model_id
+    assert again.speed() == faster
+    untimed = open_bundle(written(tmp_path / "untimed", variants=VARIANTS))
+    assert untimed.model_id == model_id
+    for change in (
+        VARIANTS["fp16"]._replace(graph=b"the Half graph"),
+        VARIANTS["fp16"]._replace(figures={"cosine": {"min": 0.9998, "mean": 1.0}}),
+        VARIANTS["int8"],
+    ):
+        other = open_bundle(written(tmp_path / "other", variants=VARIANTS | {"fp16": change}))
+        assert other.model_id != model_id
+
+
+@pytest.mark.parametrize("name", ["encoder.fp16.onnx", "speed.json"])
+def test_open__damaged_variant_or_timing_is_named(varied: Path, name: str) -> None:
+    content = bytearray((varied / name).read_bytes())
+    content[0] ^= 1
+    (varied / name).write_bytes(content)
+    with pytest.raises(BundleError, match=re.escape(f"{varied / name} is damaged or was replaced")):
+        open_bundle(varied)
+
+
+@pytest.mark.parametrize(
+    ("variants", "said"),
+    [
+        ({"int8": {"file": "encoder.int8.onnx", "reason": None}}, "does not list the int8 graph"),
+        ({"fp16": {"file": "encoder.onnx", "reason": None}}, "does not list the fp16 graph"),
+        ({"int8": {"file": None, "reason": None}}, "must give each precision a file or a reason"),
+        ({"int8": {}}, "must give each precision a file or a reason"),
+        ({"fp16": {"file": "encoder.fp16.onnx", "reason": "both"}}, "a file or a reason"),
+        ([], "must give each precision a file or a reason"),
+    ],
+)
+def test_open__variants_written_by_somebody_else(varied: Path, variants: Any, said: str) -> None:
+    path = varied / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "variants": variants}))
+    _signed_again(varied)
+    with pytest.raises(BundleError, match=said):
+        open_bundle(varied)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]"])
+def test_speed__written_by_somebody_else(varied: Path, content: bytes) -> None:
+    (varied / "speed.json").write_bytes(content)
+    _signed_again(varied)
+    with pytest.raises(BundleError, match=r"speed\.json"):
+        open_bundle(varied).speed()
 
 
 @pytest.mark.parametrize("name", REQUIRED_FILES)
