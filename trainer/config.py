@@ -25,6 +25,8 @@ OPERATIONAL_KEYS = frozenset(
         "checkpoint.keep",
         "checkpoint.keep_every_epochs",
         "bank.sharded",
+        "export.variants",
+        "export.calibration_images",
         "distributed.timeout_s",
         "speed.graph",
     }
@@ -149,6 +151,13 @@ class CheckpointConfig(Section):
     keep_every_epochs: Annotated[int, Field(ge=0)]  # of every so many epochs, for good; 0: none
 
 
+class ExportConfig(Section):
+    """What a bundle carries besides the float32 graph."""
+
+    variants: tuple[Literal["fp16", "int8"], ...]  # the graph in other precisions
+    calibration_images: Annotated[int, Field(ge=1, le=4096)]  # that set the ranges of int8
+
+
 class DistributedConfig(Section):
     """Training with several processes; with one these change nothing."""
 
@@ -179,6 +188,7 @@ class Recipe(Section):
     optim: OptimConfig
     monitor: MonitorConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     distributed: DistributedConfig
     speed: SpeedConfig
 

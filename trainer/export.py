@@ -1,4 +1,4 @@
-"""How a trained encoder becomes a bundle: graph, weights, model card and the training images.
+"""How a trained encoder becomes a bundle: graphs, weights, model card and the training images.
 
 In: an encoder and the un-augmented training images. Out: a bundle directory whose ONNX graph was
 compared with the network on real images, or `ExportError` and nothing written.
@@ -7,7 +7,7 @@ compared with the network on real images, or `ExportError` and nothing written.
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
+from trainer.config import ExportConfig
 from trainer.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
 from trainer.model_card import model_card
 from trainer.onnx_graph import (
+    CPU,
     ExportError,
     OnnxGraph,
     Prepared,
@@ -31,6 +33,7 @@ from trainer.onnx_graph import (
 from trainer.representation.bundle import BundleGallery, write_bundle
 from trainer.representation.neighbours import exact_graph
 from trainer.representation.preprocess import InputContract
+from trainer.variants import CUDA, make_variants
 
 __all__ = ["ExportError", "checkout_commit", "export_bundle"]
 
@@ -48,11 +51,14 @@ def export_bundle(
     contract: InputContract,
     recipe: dict[str, Any],
     training: dict[str, Any],
+    config: ExportConfig,
+    labels: NDArray[np.int64] | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Write the bundle of a trained encoder, all or nothing.
 
-    The same encoder, images and facts give the same bundle, byte for byte, on the same machine with
-    the same number of threads.
+    The same encoder, images and facts give the same bundle, byte for byte but for the timings in
+    `speed.json`, and so the same model_id, on the same machine with the same number of threads.
     Images are streamed in blocks of `EMBED_BATCH`. What grows with N is the embeddings, held twice
     while the file is made (8 N D bytes), and the graph, held twice too (24 N K bytes): 1.3 GB
     + 0.3 GB for the 1.28 M images of ImageNet at D = 128. The exact graph takes N^2 D
@@ -66,6 +72,10 @@ def export_bundle(
         contract: how those images were prepared; its size is the encoder's.
         recipe: the resolved recipe of the run, as JSON values.
         training: facts of the run, as JSON values; no dates, or repeated exports differ.
+        config: the precisions to export besides float32; one that misses its floor is left out,
+            with the reason in the manifest. fp16 is measured on the encoder's own device.
+        labels: (N,) classes, for the kNN accuracy of those only; None where unknown.
+        say: told one line of each.
 
     Raises:
         ExportError: weights or outputs that are not finite, a graph that does not answer as the
@@ -82,6 +92,16 @@ def export_bundle(
     graph = build_graph(network)
     parity = measure_parity(network, graph, _checked(prepared, side), len(ids))
     embeddings = _embed_gallery(graph, _checked(prepared, side), ids, encoder.embedding_dim)
+    on_cuda = next(encoder.parameters()).device.type == "cuda"
+    made = make_variants(
+        graph,
+        config,
+        prepared=_checked(prepared, side),
+        embeddings=embeddings,
+        labels=labels,
+        provider=CUDA if on_cuda else CPU,
+        say=say,
+    )
     provenance = _provenance()
     card = model_card(
         feature_dim=encoder.feature_dim,
@@ -91,6 +111,7 @@ def export_bundle(
         recipe=recipe,
         training=training,
         parity=parity,
+        variants=made.variants,
         provenance=provenance,
     )
     return write_bundle(
@@ -108,6 +129,8 @@ def export_bundle(
         provenance=provenance,
         card=card,
         gallery=BundleGallery(list(ids), embeddings, exact_graph(embeddings, GALLERY_NEIGHBOURS)),
+        variants=made.variants,
+        speed=made.speed if made.variants else None,
     )
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.representation.bundle import Variant
 from trainer.representation.preprocess import InputContract
 
 _CARD = """\
@@ -71,7 +72,7 @@ curl -H 'Content-Type: image/jpeg' --data-binary @picture.jpg http://127.0.0.1:8
 ```
 
 `encoder.safetensors` holds the same network's weights for fine-tuning with torch.
-
+{variants}
 ## Limits
 
 - It knows the kinds of pictures it was trained on; for others, measure before you rely on it.
@@ -81,6 +82,18 @@ curl -H 'Content-Type: image/jpeg' --data-binary @picture.jpg http://127.0.0.1:8
 - Graph and network were compared on {parity_images} of the training images: they differ by at most
   {max_abs:.2g}, and the smallest cosine was {min_cosine:.7f}.
 - Its licence is for those to choose who hold the rights in the training images.
+"""
+
+_VARIANTS = """
+## Other precisions
+
+The same input and outputs, for `python -m service.run --precision`: `fp16` for CUDA, `int8` for
+CPUs. Compared with float32 on training images{apart}; kNN is the top-1 accuracy of their own labels
+when each is asked in the float32 gallery of all others.
+
+| file | smallest, mean cosine | kNN fp32 -> this | images |
+|---|---|---|---|
+{rows}
 """
 
 
@@ -93,6 +106,7 @@ def model_card(
     recipe: Mapping[str, Any],
     training: Mapping[str, Any],
     parity: Mapping[str, Any],
+    variants: Mapping[str, Variant],
     provenance: Mapping[str, Any],
 ) -> str:
     """Write the card; everything in it comes from the arguments, so equal runs have equal cards.
@@ -101,6 +115,7 @@ def model_card(
         images: N, how many it was trained on.
         recipe, training: as JSON values; `training` becomes a table, nested names with dots.
         parity: as the export measured it: `images` and `outputs` {name: {batch: figures}}.
+        variants: the other precisions with what `trainer.variants.measure` found.
         provenance: what made it, name to version; None values are left out.
     """
     measured = [row for by_batch in parity["outputs"].values() for row in by_batch.values()]
@@ -112,11 +127,30 @@ def model_card(
         images=images,
         training="\n".join(f"| {name} | {_cell(value)} |" for name, value in _flat(training)),
         recipe=json.dumps(recipe, indent=1, ensure_ascii=False),
+        variants=_variants_table(variants),
         provenance=", ".join(f"{name} {value}" for name, value in provenance.items() if value),
         parity_images=parity["images"],
         max_abs=max(row["max_abs"] for row in measured),
         min_cosine=min(row["min_cosine"] for row in measured),
     )
+
+
+def _variants_table(variants: Mapping[str, Variant]) -> str:
+    if not variants:
+        return ""
+    rows = []
+    for precision, variant in variants.items():
+        if variant.graph is None:
+            rows.append(f"| no {precision}: {_cell(variant.reason)} | - | - | - |")
+            continue
+        cosine, knn = variant.figures["cosine"], variant.figures["knn"]
+        accuracy = "-" if knn is None else f"{knn['fp32']:.4f} -> {knn['variant']:.4f}"
+        rows.append(
+            f"| `encoder.{precision}.onnx` | {cosine['min']:.5f}, {cosine['mean']:.5f} "
+            f"| {accuracy} | {variant.figures['images']} |"
+        )
+    apart = all(variant.figures.get("held_apart", True) for variant in variants.values())
+    return _VARIANTS.format(rows="\n".join(rows), apart=" that calibrated nothing" if apart else "")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

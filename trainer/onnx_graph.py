@@ -26,6 +26,7 @@ PARITY_BATCH_SIZES = (1, 2, 7)
 PARITY_MAX_ABS = 1e-4
 PARITY_MIN_COSINE = 0.9999
 
+CPU = "CPUExecutionProvider"
 INPUT = "images"
 OUTPUTS = ("features", "embedding")
 
@@ -37,7 +38,7 @@ class ExportError(Exception):
 
 
 class OnnxGraph(NamedTuple):
-    """A serialised ONNX graph and a session that runs it on the CPU."""
+    """A serialised ONNX graph and a session that runs it."""
 
     content: bytes
     session: Any  # onnxruntime.InferenceSession
@@ -105,7 +106,7 @@ def build_graph(network: PublishedEncoder) -> OnnxGraph:
         )
     assert program is not None  # it is None only for the exporter that dynamo=True replaces
     model = program.model_proto
-    _strip(model)
+    strip(model)
     onnx.helper.set_model_props(
         model,
         {
@@ -121,7 +122,7 @@ def build_graph(network: PublishedEncoder) -> OnnxGraph:
     check_graph(model)
     # No field of the format is a map, so equal graphs have equal bytes.
     content = model.SerializeToString()
-    return OnnxGraph(content, _open_session(content))
+    return OnnxGraph(content, open_session(content))
 
 
 def check_graph(model: onnx.ModelProto) -> None:
@@ -150,8 +151,8 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes of its own work."""
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes of its own work, and shapes that can be inferred again."""
     graph = model.graph
     del graph.value_info[:]
     for part in (model, graph, *graph.input, *graph.output, *graph.initializer, *graph.node):
@@ -159,11 +160,24 @@ def _strip(model: onnx.ModelProto) -> None:
         part.ClearField("metadata_props")
 
 
-def _open_session(content: bytes) -> Any:
+def open_session(
+    content: bytes, *, threads: int | None = None, provider: str = CPU, optimised: bool = True
+) -> Any:
+    """Open a graph in onnxruntime.
+
+    Args:
+        threads: of the CPU; None takes torch's number, one budget for the whole process.
+        provider: where it runs; what it cannot run there runs on the CPU, so ask the session.
+        optimised: False computes the nodes as they are written, each by itself.
+    """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # one budget for the whole process
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    if not optimised:
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = level
+    providers = [CPU] if provider == CPU else [provider, CPU]
+    return onnxruntime.InferenceSession(content, options, providers=providers)
 
 
 def measure_parity(
@@ -198,7 +212,7 @@ def measure_parity(
     return {
         "batch_sizes": list(PARITY_BATCH_SIZES),
         "images": len(set(positions)),
-        "provider": "CPUExecutionProvider",
+        "provider": CPU,
         "tolerance": {"max_abs": PARITY_MAX_ABS, "min_cosine": PARITY_MIN_COSINE},
         "outputs": outputs,
     }

@@ -173,9 +173,15 @@ def train_and_export(
         contract=contract,
         recipe=resolved.as_dict(),
         training=report["training"] | {"data": summary_of(report["data"])},
+        config=resolved.export,
+        labels=divided.train.labels,
+        say=say,
     )
+    bundle = open_bundle(folder.bundle)
     report["status"] = "finished"
-    report["model_id"] = open_bundle(folder.bundle).model_id
+    report["model_id"] = bundle.model_id
+    report["variants"] = dict(bundle.variants)
+    report["speed"] = bundle.speed()
     report["seconds"]["export"] = time.monotonic() - clock
     folder.write_report(report)
     with DecodePool(0) as pool:

@@ -33,6 +33,7 @@ TINY = (
     "loss.warmup_epochs=1",
     "monitor.every_epochs=1000",
     "distributed.timeout_s=20",
+    "export.variants=[]",
 )
 GRACE_S = 30
 Start = Callable[..., Any]

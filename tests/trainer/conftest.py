@@ -26,6 +26,7 @@ TINY = (
     "loss.warmup_epochs=1",
     "monitor.every_epochs=1",
     "checkpoint.every_epochs=1",
+    "export.variants=[]",  # tests/trainer/test_variants.py makes them
 )
 
 

@@ -3,7 +3,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
 
-from trainer import export, onnx_graph
-from trainer.config import EncoderConfig
+from trainer import export, onnx_graph, variants
+from trainer.config import EncoderConfig, ExportConfig
 from trainer.encoder import PIXEL_MEAN, Encoder, build_encoder, embed_images
 from trainer.export import ExportError, checkout_commit, export_bundle
 from trainer.representation.bundle import open_bundle
@@ -25,10 +25,12 @@ from trainer.representation.preprocess import InputContract, fit_array
 REPOSITORY = Path(export.__file__).parents[1]
 CONTRACT = InputContract(size_px=16)
 COUNT = 45  # more than one block of embeddings, and the last block is not full
+FP32_ONLY = ExportConfig(variants=(), calibration_images=16)
 CONFIG = EncoderConfig(backbone="small", image_size_px=16, head="mlp", dim=8, normalise=True)
 
 _digits = np.rint(load_digits().images[:COUNT] * (255 / 16)).astype(np.uint8)
 IMAGES = np.stack([fit_array(digit, CONTRACT) for digit in _digits])
+LABELS = load_digits().target[:COUNT].astype(np.int64)
 IDS = [f"digits/{i:03}.png" for i in range(COUNT)]
 
 
@@ -51,6 +53,7 @@ def exported(directory: Path, encoder: Encoder | None = None, **changes: Any) ->
         "contract": CONTRACT,
         "recipe": {"name": "digits", "encoder": CONFIG.model_dump()},
         "training": {"epochs": 3, "knn_accuracy": {"first": 0.625, "last": 0.9375}},
+        "config": FP32_ONLY,
     }
     return export_bundle(encoder or trained_encoder(), directory, **{**arguments, **changes})
 
@@ -154,6 +157,76 @@ def test_export__never_asks_for_many_images_at_once(tmp_path: Path) -> None:
     assert max(map(len, asked)) == export.EMBED_BATCH == 32
     # After parity's three calls, each image once.
     assert [position for block in asked[3:] for position in block] == list(range(COUNT))
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ExportConfig(variants=("fp16", "int8"), calibration_images=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "checkout_commit", lambda root: None)
+        patch.setattr(variants, "SPEED_LEAST_S", 1e-4)
+        folder = tmp_path_factory.mktemp("varied")
+        exported(folder / "again", config=config, labels=LABELS)
+        return exported(folder / "bundle", config=config, labels=LABELS)
+
+
+def test_export__variants_are_graphs_that_answer_nearly_the_same(varied: Path) -> None:
+    bundle = open_bundle(varied)
+    assert bundle.precisions == ("fp32", "fp16", "int8")
+    exact = bundle.gallery().embeddings
+    for precision, least in (("fp16", 0.9999), ("int8", 0.99)):
+        session = onnxruntime.InferenceSession(bundle.encoder_onnx(precision))
+        features, embedding = session.run(["features", "embedding"], {"images": IMAGES})
+        assert (features.shape, features.dtype) == ((COUNT, 256), np.float32)
+        cosines = (embedding * exact).sum(axis=1)
+        assert cosines.min() > least
+        stated = bundle.variants[precision]
+        assert stated["knn"]["fp32"] == bundle.variants["fp16"]["knn"]["fp32"]
+        assert cosines.min() - 2e-4 <= stated["cosine"]["min"] <= 1
+    sizes = {name: entry["size_bytes"] for name, entry in bundle.manifest["files"].items()}
+    assert sizes["encoder.fp16.onnx"] < 0.55 * sizes["encoder.onnx"]
+    assert sizes["encoder.int8.onnx"] < 0.55 * sizes["encoder.onnx"]
+    assert f"{stated['cosine']['min']:.5f}" in bundle.read("README.md").decode()
+
+
+def test_export__variants_twice_differ_in_the_speed_alone(varied: Path) -> None:
+    one, other = open_bundle(varied), open_bundle(varied.parent / "again")
+    assert one.model_id == other.model_id
+    assert one.manifest["variants"] == other.manifest["variants"]
+    differing = [n for n in one.manifest["files"] if one.read(n) != other.read(n)]
+    assert differing == ["speed.json"]
+
+
+def test_export__fp32_is_the_same_with_variants_and_without(
+    varied: Path, bundle_directory: Path
+) -> None:
+    for name in ("encoder.onnx", "encoder.safetensors", "gallery/embeddings.npy"):
+        assert open_bundle(varied).read(name) == open_bundle(bundle_directory).read(name)
+
+
+def test_export__variant_below_its_floor_does_not_end_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantise = variants.int8_graph
+
+    def dark(content: bytes, batches: Iterable[np.ndarray]) -> bytes:
+        """Calibrated with black images: what a real one causes is cut off."""
+        return quantise(content, [0 * images for images in batches])
+
+    monkeypatch.setattr(variants, "int8_graph", dark)
+    said: list[str] = []
+    config = ExportConfig(variants=("fp16", "int8"), calibration_images=16)
+    encoder = trained_encoder()
+    with torch.no_grad():
+        for _ in range(20):  # until its statistics are those of the images: they differ then
+            encoder(torch.tensor(IMAGES).permute(0, 3, 1, 2) / 255)
+    bundle = open_bundle(exported(tmp_path / "bundle", encoder, config=config, say=said.append))
+    assert bundle.precisions == ("fp32", "fp16")
+    reason = bundle.variants["int8"]["reason"]
+    assert "smallest cosine to fp32 is" in reason
+    assert not (tmp_path / "bundle" / "encoder.int8.onnx").exists()
+    assert said[-1] == f"WARNING: no int8 graph in the bundle: {reason}"
+    assert f"no int8: {reason}" in bundle.read("README.md").decode()
 
 
 def test_export__one_image(tmp_path: Path) -> None:

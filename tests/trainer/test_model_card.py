@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from trainer.model_card import model_card
+from trainer.representation.bundle import Variant
 from trainer.representation.preprocess import InputContract
 
 CONTRACT = InputContract(size_px=8, crop_fraction=0.875, resample="bicubic")
@@ -31,6 +32,7 @@ def card(**changes: Any) -> str:
         "recipe": {"name": "digits", "seed": 7},
         "training": {"epochs": 40, "knn": {"first": 0.6612345678, "last": 0.97}},
         "parity": PARITY,
+        "variants": {},
         "provenance": {"commit": None, "torch": "2.14.1"},
     }
     return model_card(**{**facts, **changes})
@@ -55,6 +57,26 @@ def test_card__states_the_run_and_the_figures() -> None:
     assert "8 x 8 px (bicubic)" in text
     assert "differ by at most\n  3e-06, and the smallest cosine was 0.9999998" in text
     assert "Made with torch 2.14.1." in text  # no commit is known, none is stated
+
+
+def test_card__states_the_other_precisions() -> None:
+    figures = {
+        "images": 1000,
+        "cosine": {"min": 0.99951, "mean": 0.99987},
+        "knn": {"fp32": 0.976, "variant": 0.9755},
+        "held_apart": True,
+    }
+    variants = {
+        "fp16": Variant(b"graph", None, {**figures, "knn": None}),
+        "int8": Variant(b"graph", None, figures),
+    }
+    text = card(variants=variants)
+    assert "| `encoder.fp16.onnx` | 0.99951, 0.99987 | - | 1000 |" in text
+    assert "| `encoder.int8.onnx` | 0.99951, 0.99987 | 0.9760 -> 0.9755 | 1000 |" in text
+    assert "on training images that calibrated nothing; kNN" in text
+    text = card(variants={"int8": Variant(None, "its cosine is 0.8", {"images": 9})})
+    assert "| no int8: its cosine is 0.8 | - | - | - |" in text
+    assert "Other precisions" not in card()
 
 
 def test_card__a_value_cannot_break_the_table() -> None:
