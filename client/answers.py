@@ -178,6 +178,10 @@ def info(fields: Json) -> Info:
         training=fields["training"],
         parity=fields["parity"],
         execution_provider=str(fields["execution_provider"]),
+        # Services before these fields had fp32 alone.
+        precision=str(fields.get("precision", "fp32")),
+        variants=fields.get("variants", {}),
+        speed=fields.get("speed"),
         search=fields["search"],
         gallery=fields["gallery"],
         limits={

@@ -142,6 +142,9 @@ class Info:
     training: Json | None  # what the bundle tells of its training
     parity: Json | None  # how far its graph is from the network that was trained
     execution_provider: str  # where the encoder runs
+    precision: str  # of the graph that embeds: "fp32", "fp16" or "int8"
+    variants: Json  # the bundle's other precisions: how far from fp32, or why absent
+    speed: Json | None  # images per second, as timed at the export
     search: Json  # how the gallery is searched
     gallery: Json  # its size
     limits: Mapping[str, Limit]

@@ -6,18 +6,25 @@ In: (S, S, 3) uint8 pixels of the bundle's input contract. Out: features (n, F) 
 
 import ctypes.util
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from trainer.representation.bundle import Bundle
+from trainer.representation.bundle import FP32, Bundle, BundleError
 from trainer.representation.preprocess import InputContract
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 UNIT_TOLERANCE = 1e-3  # what bundles guarantee of their gallery's rows, asked of the encoder too
-BATCH_TOLERANCE = 1e-3  # an image's embedding may not depend on its neighbours in the batch
+FP16, INT8 = "fp16", "int8"
+# An image's embedding may not depend on its neighbours in the batch by more than this. Half numbers
+# may be added in another order in another batch.
+BATCH_TOLERANCE = {FP32: 1e-3, INT8: 1e-3, FP16: 5e-3}
+# What `auto` takes first, and whether a provider can run a precision at all. onnxruntime's CUDA
+# provider has no kernel for integer convolutions (each would go to the CPU and back), and its CPU
+# provider turns every half number to float32 and back, which is slower than float32.
+RUNS_ON = {CPU: (INT8, FP32), CUDA: (FP16, FP32)}
 _ERRORS_ONLY = 3  # onnxruntime's log severity
 
 
@@ -40,6 +47,7 @@ class Embedder(Protocol):
     embedding_dim: int
     feature_dim: int
     execution_provider: str
+    precision: str  # fp32, fp16 or int8
 
     def prepare(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """n images (S, S, 3) -> one batch (n, S, S, 3)."""
@@ -64,39 +72,37 @@ class OnnxEmbedder:
     Args:
         bundle: an opened bundle.
         execution_provider: "auto", "cpu" or "cuda".
+        precision: which of the bundle's graphs; "auto" takes the fastest that it carries and that
+            the provider in use runs: fp16 on CUDA, int8 on the CPU, else fp32.
 
     Raises:
-        EmbedderError: the graph does not load, is not what the manifest says, fails its self-test,
-            or "cuda" was asked for and is not in use.
+        EmbedderError: the graph does not load, is not what the manifest says, fails its self-test;
+            "cuda" was asked for and is not in use; the bundle does not carry the precision that was
+            asked for, or the provider in use does not run it. Nothing else is taken instead.
     """
 
     def __init__(
-        self, bundle: Bundle, *, execution_provider: Literal["auto", "cpu", "cuda"] = "auto"
+        self,
+        bundle: Bundle,
+        *,
+        execution_provider: Literal["auto", "cpu", "cuda"] = "auto",
+        precision: Literal["fp32", "fp16", "int8", "auto"] = "fp32",
     ) -> None:
         self.model_id = bundle.model_id
         self.contract = bundle.contract
         self.embedding_dim = bundle.embedding_dim
         self.feature_dim = bundle.feature_dim
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = _ERRORS_ONLY
-        try:
-            self._session = onnxruntime.InferenceSession(
-                bundle.encoder_onnx(), options, providers=_wanted_providers(execution_provider)
-            )
-        except _ORT_ERRORS as error:
-            raise EmbedderError(
-                f"{bundle.directory / 'encoder.onnx'} does not load: {error}"
-            ) from error
+        providers = _wanted_providers(execution_provider)
+        self.precision, self._session = _open(bundle, precision, providers)
         self.execution_provider: str = self._session.get_providers()[0]
         if execution_provider == "cuda" and self.execution_provider != CUDA:
             raise EmbedderError(
                 f"execution_provider = cuda was asked for, but {self.execution_provider} is in "
                 "use: CUDA or cuDNN does not load here. Mend the driver, or choose auto or cpu."
             )
+        if precision == "auto" and self.execution_provider != providers[0]:  # it does not load
+            self.precision, self._session = _open(bundle, precision, [self.execution_provider])
+        _check_runs(self.precision, self.execution_provider)
         self._self_test()
 
     def prepare(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -137,8 +143,49 @@ class OnnxEmbedder:
         lengths = np.linalg.norm(both.embeddings, axis=1)
         if not np.allclose(lengths, 1, atol=UNIT_TOLERANCE):
             raise EmbedderError(f"the encoder's embeddings have lengths {lengths}, wanted 1")
-        if not np.allclose(both.embeddings[:1], alone.embeddings, atol=BATCH_TOLERANCE):
+        if not np.allclose(
+            both.embeddings[:1], alone.embeddings, atol=BATCH_TOLERANCE[self.precision]
+        ):
             raise EmbedderError("the encoder gives one image other embeddings in another batch")
+
+
+def _open(bundle: Bundle, asked: str, providers: list[str]) -> tuple[str, Any]:
+    """The precision that is taken, and a session on its graph."""
+    precision = asked
+    if asked == "auto":
+        precision = next(p for p in RUNS_ON[providers[0]] if p in bundle.precisions)
+    try:
+        name = bundle.encoder_file(precision)
+    except BundleError as error:
+        raise EmbedderError(
+            f"precision = {precision} was asked for, but {error}. Choose one of "
+            f"{', '.join(bundle.precisions)}, or auto"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        graph = bundle.encoder_onnx(precision)
+        return precision, onnxruntime.InferenceSession(graph, options, providers=providers)
+    except _ORT_ERRORS as error:
+        raise EmbedderError(f"{bundle.directory / name} does not load: {error}") from error
+
+
+def _check_runs(precision: str, provider: str) -> None:
+    if precision in RUNS_ON.get(provider, (FP32,)):
+        return
+    why, instead = {
+        FP16: ("which would turn every half number to float32 and back, slower than fp32", INT8),
+        INT8: ("which has no integer convolutions: each would go to the CPU and back", FP16),
+    }[precision]
+    provider_too = ", or execution_provider = cpu" if precision == INT8 else ""
+    raise EmbedderError(
+        f"precision = {precision} was asked for, but {provider} is in use, {why}. Choose "
+        f"precision = {instead}, fp32 or auto{provider_too}"
+    )
 
 
 def _wanted_providers(choice: str) -> list[str]:

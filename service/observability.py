@@ -120,7 +120,7 @@ class Metrics:
         self.build_info = Gauge(
             "invprop_build_info",
             "1, with what is running as labels",
-            ["version", "model", "execution_provider"],
+            ["version", "model", "execution_provider", "precision"],
             registry=registry,
         )
 

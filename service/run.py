@@ -125,8 +125,8 @@ class Server(uvicorn.Server):
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         embedder, snapshot = self.runtime.embedder, self.runtime.gallery.snapshot()
         return (
-            f"ready: {url} serves {len(snapshot):,} items with model {embedder.model_id[:12]} on "
-            f"{embedder.execution_provider}. Try {url}/docs, or: "
+            f"ready: {url} serves {len(snapshot):,} items with model {embedder.model_id[:12]} in "
+            f"{embedder.precision} on {embedder.execution_provider}. Try {url}/docs, or: "
             f"curl -F images=@PHOTO.jpg '{url}/neighbours?k=5'\n"
         )
 

@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import queue
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import faiss
@@ -53,6 +53,7 @@ class Runtime:
         self.draining = False
         self.failure: Exception | None = None
         self.bundle: Bundle | None = None
+        self.speed: Mapping[str, Any] | None = None  # what the bundle says was timed at its export
         self.loaded = asyncio.Event()
         self._embedder = embedder
         self._gallery = gallery
@@ -188,13 +189,25 @@ class Runtime:
         settings = self.settings
         if self._embedder is None or self._gallery is None:
             self.bundle = await asyncio.to_thread(open_bundle, settings.bundle)
+            self.speed = self.bundle.speed()
         if self._embedder is None:
             assert self.bundle is not None
             self._embedder = await asyncio.to_thread(
-                lambda bundle: OnnxEmbedder(bundle, execution_provider=settings.execution_provider),
+                lambda bundle: OnnxEmbedder(
+                    bundle,
+                    execution_provider=settings.execution_provider,
+                    precision=settings.precision,
+                ),
                 self.bundle,
             )
         embedder = self._embedder
+        _log.info(
+            "encoder_loaded",
+            model=embedder.model_id,
+            precision=embedder.precision,
+            asked=settings.precision,
+            execution_provider=embedder.execution_provider,
+        )
         self._images = ImagePath(embedder, settings=settings, metrics=self.metrics)
         await self._images.start()
         if self._gallery is None:
@@ -210,7 +223,10 @@ class Runtime:
             )
         self._report_gallery()
         self.metrics.build_info.labels(
-            importlib.metadata.version("invprop"), embedder.model_id, embedder.execution_provider
+            importlib.metadata.version("invprop"),
+            embedder.model_id,
+            embedder.execution_provider,
+            embedder.precision,
         ).set(1)
 
     def _report_gallery(self) -> None:

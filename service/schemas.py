@@ -239,6 +239,13 @@ class InfoAnswer(BaseModel):
     training: dict[str, Any] | None
     parity: dict[str, Any] | None
     execution_provider: str
+    precision: str = Field(description="Of the graph that embeds: fp32, fp16 or int8.")
+    variants: dict[str, Any] = Field(
+        description="The bundle's other precisions: how far each is from fp32, or why it is absent."
+    )
+    speed: dict[str, Any] | None = Field(
+        description="Images per second of each precision, timed at the export on its machine."
+    )
     search: dict[str, Any]
     gallery: dict[str, Any]
     limits: dict[str, LimitInfo]

@@ -36,6 +36,11 @@ class Settings(BaseSettings):
         description="Where the encoder runs. `auto`: CUDA when it really loads, else the CPU. "
         "`cuda`: not starting is better than running elsewhere.",
     )
+    precision: Literal["fp32", "fp16", "int8", "auto"] = Field(
+        default="fp32",
+        description="Which of the bundle's graphs embeds. `fp16` runs on CUDA, `int8` on the CPU; "
+        "`auto` takes those where the bundle carries them, else `fp32`. Any other is an error.",
+    )
     inference_threads: int = Field(
         default=0, ge=0, le=256, description="Encoder runs at a time on the CPU, one thread each."
     )

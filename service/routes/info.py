@@ -35,6 +35,9 @@ async def info(request: Request) -> Response:
             "training": manifest.get("training"),
             "parity": manifest.get("parity"),
             "execution_provider": embedder.execution_provider,
+            "precision": embedder.precision,
+            "variants": manifest.get("variants", {}),
+            "speed": runtime.speed,
             "search": {
                 "index": "flat, inner product, float32",
                 "exact": True,

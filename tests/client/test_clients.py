@@ -457,6 +457,8 @@ def test_info__the_facts(service: Any) -> None:
     info = service.info()
     assert (info.model, info.gallery_version) == ("m1", 7)
     assert info.limits["max_images"] == Limit(256, "max_images")
+    assert (info.precision, info.speed) == ("int8", None)
+    assert info.variants["int8"]["file"] == "encoder.int8.onnx"
 
 
 def test_live__asks_once_and_no_answer_is_no(fake: Any, service: Any) -> None:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,13 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
-from trainer.representation.bundle import Bundle, BundleGallery, open_bundle, write_bundle
+from trainer.representation.bundle import (
+    Bundle,
+    BundleGallery,
+    Variant,
+    open_bundle,
+    write_bundle,
+)
 from trainer.representation.neighbours import exact_graph
 from trainer.representation.preprocess import InputContract, prepare
 
@@ -63,7 +70,7 @@ def unit_rows(count: int, dim: int = DIM, seed: int = 0) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def build_bundle(directory: Path, *, images: int = IMAGES, seed: int = 0) -> Path:
+def build_bundle(directory: Path, *, images: int = IMAGES, seed: int = 0, **parts: Any) -> Path:
     """Write a bundle whose gallery holds random vectors with the ids train/0000.png, ..."""
     embeddings = unit_rows(images, seed=seed)
     return write_bundle(
@@ -83,6 +90,7 @@ def build_bundle(directory: Path, *, images: int = IMAGES, seed: int = 0) -> Pat
         gallery=BundleGallery(
             [f"train/{i:04d}.png" for i in range(images)], embeddings, exact_graph(embeddings, K)
         ),
+        **parts,
     )
 
 
@@ -100,6 +108,20 @@ def encoded(
 def bundle_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with a gallery of 40."""
     return build_bundle(tmp_path_factory.mktemp("bundle") / "encoder")
+
+
+@pytest.fixture(scope="session")
+def varied_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with other weights in its int8 graph, and an fp16 one that missed its floor."""
+    figures = {"cosine": {"min": 0.9991, "mean": 0.9998}, "images": 20}
+    return build_bundle(
+        tmp_path_factory.mktemp("varied") / "encoder",
+        variants={
+            "int8": Variant(encoder_onnx(seed=1), None, figures),
+            "fp16": Variant(None, "its smallest cosine to fp32 is 0.9", figures),
+        },
+        speed={"runs": [{"images_per_s": {"fp32": 10.0, "int8": 35.0}}]},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +144,7 @@ def random_units() -> Callable[..., NDArray[np.float32]]:
 
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Path]:
-    """make_bundle(directory, images=..., seed=...) -> a bundle."""
+    """make_bundle(directory, images=..., seed=..., variants=...) -> a bundle."""
     return build_bundle
 
 
@@ -170,9 +192,12 @@ def service(bundle: Bundle, tmp_path: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def start_service(bundle: Bundle) -> Callable[..., Iterator[Service]]:
-    """start_service(state, max_images=1, ...) -> a generator of one running service."""
+    """start_service(state, max_images=1, ...) -> a generator of one running service.
 
-    def _start(state: Path, **options: object) -> Iterator[Service]:
-        return start(bundle, state, **options)
+    Of the shared bundle, or of the one given as `of`.
+    """
+
+    def _start(state: Path, *, of: Bundle | None = None, **options: object) -> Iterator[Service]:
+        return start(of or bundle, state, **options)
 
     return _start

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -9,8 +11,9 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from service.embedder import CPU, Embedded, EmbedderError, OnnxEmbedder
-from trainer.representation.bundle import Bundle
+from service import embedder as embedder_module
+from service.embedder import CPU, CUDA, Embedded, EmbedderError, OnnxEmbedder
+from trainer.representation.bundle import Bundle, Variant, open_bundle
 
 
 class Replaced(Bundle):
@@ -18,7 +21,7 @@ class Replaced(Bundle):
 
     graph: bytes = b""
 
-    def encoder_onnx(self) -> bytes:
+    def encoder_onnx(self, precision: str = "fp32") -> bytes:
         return self.graph
 
 
@@ -51,6 +54,118 @@ def test_embedder__refuses_to_run_elsewhere_than_asked(bundle: Bundle) -> None:
     assert "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     with pytest.raises(EmbedderError, match="cuda was asked for, but CPUExecutionProvider"):
         OnnxEmbedder(bundle, execution_provider="cuda")
+
+
+def test_precision__picks_the_graph(varied_directory: Path) -> None:
+    bundle = open_bundle(varied_directory)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    rows = {}
+    for asked, taken in (("fp32", "fp32"), ("int8", "int8"), ("auto", "int8")):
+        embedder = OnnxEmbedder(bundle, execution_provider="cpu", precision=asked)  # type: ignore[arg-type]
+        assert embedder.precision == taken
+        rows[asked] = embedder.run(pixels).embeddings
+        session = onnxruntime.InferenceSession(bundle.encoder_onnx(taken))
+        (wanted,) = session.run(["embedding"], {"images": pixels})
+        np.testing.assert_allclose(rows[asked], wanted, atol=1e-6)
+    assert np.abs(rows["fp32"] - rows["int8"]).max() > 0.01  # the two graphs differ
+    assert OnnxEmbedder(bundle, execution_provider="cpu").precision == "fp32"  # unless asked
+
+
+def test_precision__auto_of_a_bundle_without_variants_is_fp32(bundle: Bundle) -> None:
+    embedder = OnnxEmbedder(bundle, execution_provider="cpu", precision="auto")
+    assert (embedder.precision, embedder.execution_provider) == ("fp32", CPU)
+
+
+def test_precision__that_the_bundle_lacks_is_refused_with_the_reason(
+    bundle: Bundle, varied_directory: Path
+) -> None:
+    with pytest.raises(
+        EmbedderError,
+        match=r"precision = int8 was asked for, but .* has no int8 graph: it was exported without "
+        r"one\. Choose one of fp32, or auto",
+    ):
+        OnnxEmbedder(bundle, execution_provider="cpu", precision="int8")
+    with pytest.raises(
+        EmbedderError, match=r"smallest cosine to fp32 is 0\.9\. Choose one of fp32, int8, or auto"
+    ):
+        OnnxEmbedder(open_bundle(varied_directory), execution_provider="cpu", precision="fp16")
+
+
+def test_precision__fp16_on_the_cpu_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, bundle: Bundle
+) -> None:
+    half = {"fp16": Variant(bundle.encoder_onnx(), None, {})}
+    opened = open_bundle(make_bundle(tmp_path / "bundle", variants=half))
+    with pytest.raises(
+        EmbedderError,
+        match=r"precision = fp16 was asked for, but CPUExecutionProvider is in use.*slower than "
+        r"fp32\. Choose precision = int8, fp32 or auto",
+    ):
+        OnnxEmbedder(opened, execution_provider="cpu", precision="fp16")
+    assert OnnxEmbedder(opened, execution_provider="cpu", precision="auto").precision == "fp32"
+
+
+class SessionOnCuda:
+    """Stands for a session that CUDA really runs; its numbers are the CPU's."""
+
+    opened: ClassVar[list[bytes]] = []
+
+    def __init__(self, graph: bytes, options: Any, providers: list[str]) -> None:
+        self.opened.append(graph)
+        self.providers = providers
+        self.session = CPU_SESSION(graph, providers=[CPU])
+
+    def get_providers(self) -> list[str]:
+        return self.providers
+
+    def run(self, *arguments: Any) -> Any:
+        return self.session.run(*arguments)
+
+
+CPU_SESSION = onnxruntime.InferenceSession
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which CUDA loads."""
+    monkeypatch.setattr(onnxruntime, "InferenceSession", SessionOnCuda)
+    monkeypatch.setattr(embedder_module, "_wanted_providers", lambda choice: [CUDA, CPU])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_precision__on_cuda_auto_takes_fp16_and_never_int8(
+    make_bundle: Callable[..., Path], tmp_path: Path, bundle: Bundle, varied_directory: Path
+) -> None:
+    half = {"fp16": Variant(bundle.encoder_onnx(), None, {})}
+    opened = open_bundle(make_bundle(tmp_path / "bundle", seed=5, variants=half))
+    embedder = OnnxEmbedder(opened, precision="auto")
+    assert (embedder.precision, embedder.execution_provider) == ("fp16", CUDA)
+    assert SessionOnCuda.opened[-1] == opened.encoder_onnx("fp16")
+    with_int8 = open_bundle(varied_directory)
+    assert OnnxEmbedder(with_int8, precision="auto").precision == "fp32"
+    with pytest.raises(
+        EmbedderError,
+        match=r"precision = int8 was asked for, but CUDAExecutionProvider is in use.*no integer "
+        r"convolutions.*fp16, fp32 or auto, or execution_provider = cpu",
+    ):
+        OnnxEmbedder(with_int8, precision="int8")
+
+
+def test_precision__auto_where_cuda_does_not_load_after_all(
+    monkeypatch: pytest.MonkeyPatch, varied_directory: Path
+) -> None:
+    """onnxruntime leaves a provider out that it cannot load: what fits the CPU is taken then."""
+
+    class Fallen(SessionOnCuda):
+        def get_providers(self) -> list[str]:
+            return [CPU]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
+    monkeypatch.setattr(embedder_module, "_wanted_providers", lambda choice: [CUDA, CPU])
+    embedder = OnnxEmbedder(open_bundle(varied_directory), precision="auto")
+    assert (embedder.precision, embedder.execution_provider) == ("int8", CPU)
+    with pytest.raises(EmbedderError, match="cuda was asked for, but CPUExecutionProvider"):
+        OnnxEmbedder(open_bundle(varied_directory), execution_provider="cuda", precision="auto")
 
 
 def test_embedder__refuses_a_graph_that_does_not_load(bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,6 +147,35 @@ def test_service__refuses_a_changed_bundle_and_names_the_file(
     message = run("--bundle", bundle, "--state", tmp_path / "state").failed()
     assert name in message
     assert not (tmp_path / "state").exists()
+
+
+def test_service__says_which_graph_embeds(
+    run: Callable[..., Process], varied_directory: Path, tmp_path: Path
+) -> None:
+    state = ("--bundle", varied_directory, "--state", tmp_path / "state")
+    message = run(*state, "--precision", "fp16").failed()
+    assert "precision = fp16 was asked for, but" in message
+    assert "its smallest cosine to fp32 is 0.9. Choose one of fp32, int8, or auto" in message
+    process = run(*state, "--precision", "auto")
+    url = process.ready()
+    assert httpx2.get(f"{url}/info", timeout=WAIT_S).json()["precision"] == "int8"
+    process.popen.terminate()
+    assert process.popen.wait(WAIT_S) == 0
+    entries = [json.loads(line) for line in process.log.read_text().splitlines()]
+    (loaded,) = [entry for entry in entries if entry["event"] == "encoder_loaded"]
+    assert (loaded["precision"], loaded["asked"]) == ("int8", "auto")
+
+
+def test_service__refuses_a_damaged_variant_that_it_would_not_even_use(
+    run: Callable[..., Process], varied_directory: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(varied_directory, copied)
+    content = bytearray((copied / "encoder.int8.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / "encoder.int8.onnx").write_bytes(content)
+    message = run("--bundle", copied, "--state", tmp_path / "state").failed()
+    assert f"{copied / 'encoder.int8.onnx'} is damaged or was replaced" in message
 
 
 def test_service__says_what_is_wrong_with_its_flags(run: Callable[..., Process]) -> None:

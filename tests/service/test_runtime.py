@@ -26,6 +26,7 @@ class GatedEmbedder:
 
     model_id, embedding_dim, feature_dim = "fake", 12, 16
     contract, execution_provider = InputContract(size_px=8), "CPUExecutionProvider"
+    precision = "fp32"
 
     def __init__(self) -> None:
         self.gate = threading.Event()

@@ -43,6 +43,7 @@ def test_settings__may_come_from_the_environment_alone(monkeypatch: pytest.Monke
         (["--bundle", "b"], r"--state \(INVPROP_STATE\) is required"),
         ([*NEEDED, "--port", "70000"], r"--port \(INVPROP_PORT\) = '70000'.*less than or equal"),
         ([*NEEDED, "--execution-provider", "tpu"], "'auto', 'cpu' or 'cuda'"),
+        ([*NEEDED, "--precision", "int4"], "'fp32', 'fp16', 'int8' or 'auto'"),
         ([*NEEDED, "--max-images", "2000"], "larger than queue_size = 1024"),
     ],
 )

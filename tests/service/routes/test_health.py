@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from service.app import create_app
 from service.embedder import Embedded
 from service.routes import docs
 from service.settings import Settings
+from trainer.representation.bundle import open_bundle
 
 
 def samples(client: TestClient) -> dict[str, float]:
@@ -69,6 +71,31 @@ def test_info__gives_facts_and_limits_with_their_settings(shared_service: Any) -
     assert document["gallery"] == {"items": 40, "version": 40}
     for name, entry in document["limits"].items():
         assert entry == {"limit": getattr(shared_service.settings, name), "setting": name}
+
+
+def test_info__states_the_precision_and_how_far_it_is_from_fp32(
+    varied_directory: Path, start_service: Any, tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    varied = open_bundle(varied_directory)
+    for service in start_service(tmp_path, of=varied, precision="int8"):
+        document = service.client.get("/info").json()
+        assert document["precision"] == "int8"
+        assert document["variants"]["int8"]["cosine"]["min"] == 0.9991
+        assert document["variants"]["fp16"]["reason"] == "its smallest cosine to fp32 is 0.9"
+        assert document["speed"]["runs"][0]["images_per_s"]["int8"] == 35.0
+        build = [name for name in samples(service.client) if "build_info" in name]
+        assert "('precision', 'int8')" in build[0]
+        # One model, whatever the precision: what it stores is served by the others too.
+        assert document["model"] == varied.model_id
+        assert service.client.post("/items", files={"images": ("a", picture())}).json()["added"]
+    for service in start_service(tmp_path, of=varied):
+        assert service.client.get("/info").json()["precision"] == "fp32"
+        assert service.client.get("/items/a").status_code == 200
+
+
+def test_info__of_a_bundle_without_variants(shared_service: Any) -> None:
+    document = shared_service.client.get("/info").json()
+    assert (document["precision"], document["variants"], document["speed"]) == ("fp32", {}, None)
 
 
 def test_metrics__count_requests_batches_and_items(
