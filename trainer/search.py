@@ -95,7 +95,7 @@ def places(found: TopM, ids: Tensor) -> Tensor:
 def _top_m_on_cpu(queries: Tensor, bank: Tensor, m: int, block_rows: int) -> TopM:
     batch = len(queries)
     scores = _scores(batch, block_rows, queries.dtype)
-    ids = np.empty((batch, m), np.int64)
+    ids = np.zeros((batch, m), np.int64)  # rows that exist, where no comparison is true (NaN)
     similarities = np.empty((batch, m), scores.numpy().dtype)
     count = 0  # rows of the bank that compete so far, m at most
     for start in range(0, len(bank), block_rows):

@@ -309,6 +309,21 @@ def test_objective__never_makes_a_gradient_of_the_whole_bank() -> None:
     assert max(sizes) <= len(indices) * (50 + 5 + 2)
 
 
+def test_objective__of_embeddings_that_are_no_numbers_is_none() -> None:
+    """And its backward pass reads rows that exist: the loop looks at the loss after the step."""
+    bank, indices, fresh = random_case(0, num_images=4000, k=4)
+    config = LossConfig(temperature=0.2, num_background=50, steps=2, num_positives=5)
+    junk = torch.full((len(indices), 50), -(2**40))
+    del junk  # what a list of ids that is not written to would hold
+    spoilt = torch.full_like(fresh, torch.nan).requires_grad_()
+    found = objective(bank, indices, spoilt, config)
+    (found.instance + found.invariance).backward()
+    assert found.instance.isnan()
+    assert ((found.nearest >= 0) & (found.nearest < 4000)).all()
+    assert spoilt.grad is not None
+    assert spoilt.grad.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
