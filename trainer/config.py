@@ -180,6 +180,8 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16"]
     epochs: Annotated[int, Field(ge=1, le=100_000)]
     batch_size: Annotated[int, Field(ge=2, le=65_536)]
+    # model_id of the bundle whose weights the run begins with; --warm-start writes it here
+    warm_start: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
     data: DataConfig
     augment: AugmentConfig
     encoder: EncoderConfig

@@ -267,7 +267,8 @@ def _measure_untrained(run: Pretraining, stop: StopRequest) -> None:
     accuracy = run.monitor.measure(
         run.state.encoder, run.device, lambda: _give_up_if_asked(run, stop)
     )
-    say(f"untrained encoder: kNN accuracy {accuracy:.4f}")
+    begun = "untrained" if run.recipe.warm_start is None else "warm-started"
+    say(f"{begun} encoder: kNN accuracy {accuracy:.4f}")
     run.journal.write({"epoch": 0, "knn": accuracy})
 
 

@@ -6,10 +6,12 @@ that the same run exports the same bundle again.
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from trainer.checkpoint import Progress
+from trainer.config import Recipe
 from trainer.datasets import ImageSource
 from trainer.decoding import Survey
 from trainer.run_folder import Metrics
@@ -45,6 +47,36 @@ def training_facts(metrics: Sequence[Metrics]) -> dict[str, Any]:
         "knn_trained": accuracies[-1] if len(accuracies) > 1 else None,
         "collapsed_epochs": [line["epoch"] for line in trained if line["collapsed"]],
     }
+
+
+def extensions(
+    before: Mapping[str, Any] | None, saved: Progress | None, recipe: Recipe
+) -> list[dict[str, Any]]:
+    """When a run was given more epochs: from there on its learning rate follows the new length.
+
+    Args:
+        before: the run's report so far.
+        saved: what the run goes on from; None at its beginning.
+    """
+    if saved is None:
+        return []
+    planned = saved.recipe["epochs"]
+    found: list[dict[str, Any]] = [
+        each
+        for each in (before or {}).get("extended", [])
+        # One that had no checkpoint yet when the run was stopped is found again below.
+        if each["to_epochs"] <= planned
+    ]
+    if planned < recipe.epochs:
+        found.append(
+            {
+                "from_epochs": planned,
+                "to_epochs": recipe.epochs,
+                "after_epoch": saved.position.epoch,
+                "after_step": saved.position.step,
+            }
+        )
+    return found
 
 
 def versions() -> dict[str, str]:

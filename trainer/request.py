@@ -5,6 +5,7 @@ device of each; or an error that says what to change, and nothing done.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from trainer.progress import say
 from trainer.report import versions
 from trainer.representation.bundle import BundleError, open_bundle
 from trainer.run_folder import OutputError, RunFolder
+from trainer.warm_start import WarmStart, WarmStartError, open_warm_start
 
 
 class UnavailableError(Exception):
@@ -30,6 +32,7 @@ class Request(NamedTuple):
     recipe: Recipe
     resume: bool
     finished: bool  # the run ended before; nothing is left to do
+    warm_start: WarmStart | None  # whose weights a run without a checkpoint begins with
 
 
 def agree_on_request(
@@ -39,6 +42,7 @@ def agree_on_request(
     *,
     data: str,
     resume: bool,
+    warm_start: Path | None,
     ranks: Ranks,
 ) -> Request:
     """Find the recipe of this run, the same on all ranks; rank 0 alone looks into the folder.
@@ -48,6 +52,7 @@ def agree_on_request(
     Raises:
         RecipeError, OutputError: none that can be used; the folder is not free, or holds
             no run to resume or one of another recipe.
+        WarmStartError: weights that do not fit, or are not given.
         RankError: the ranks were started differently, or cannot share a batch equally.
     """
     # Of several hosts only the one where a process failed counts a restart.
@@ -58,18 +63,23 @@ def agree_on_request(
         goes_on = resume or (restarts > 0 and folder.holds_run())
         if goes_on:
             recipe = _resolve_begun(folder, name, overrides)
-        else:
-            recipe = load_recipe(name or default, overrides)
-            folder.check_new()
-        return Request(recipe, goes_on, finished=goes_on and is_finished(folder))
+            start = _warm_start_of(folder, recipe, warm_start)
+            return Request(recipe, goes_on, is_finished(folder, recipe), start)
+        recipe = load_recipe(name or default, overrides)
+        recipe, start = _begin_with(recipe, warm_start)
+        folder.check_new()
+        return Request(recipe, goes_on, False, start)
 
     request = ranks.from_first(look)
     if ranks.size > 1:
-        own = request.recipe
-        if not ranks.is_first and (name or not resume):
+        own, words = request.recipe, {"--warm-start": str(warm_start)}
+        if resume and not name:  # only rank 0 can see which recipe the values are for
+            words["the values given"] = " ".join(overrides)
+        elif not ranks.is_first:
             own = load_recipe(name or default, overrides)
+            own = own.model_copy(update={"warm_start": request.recipe.warm_start})
         ranks.check_same(
-            own.by_key() | versions() | {"the code of trainer": code_digest()},
+            own.by_key() | words | versions() | {"the code of trainer": code_digest()},
             "Start all of them with the same words, and the same code and packages on every host",
         )
         joint = request.recipe.distributed.sync_batchnorm
@@ -78,10 +88,15 @@ def agree_on_request(
     return request
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """Whether the run ended and its bundle is whole; a damaged bundle is exported again."""
+def is_finished(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether the run trained its epochs and its bundle is whole; if only that is damaged: False.
+
+    A run that is being extended has fewer epochs behind it than its recipe asks for now.
+    """
     report = folder.read_report()
     if report is None or report.get("status") != "finished":
+        return False
+    if report["training"]["epochs"] < recipe.epochs:
         return False
     try:
         return open_bundle(folder.bundle).model_id == report.get("model_id")
@@ -108,14 +123,64 @@ def resolve_device(asked: str, ranks: Ranks) -> torch.device:
 
 
 def _resolve_begun(folder: RunFolder, name: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe of the run in the folder; what is given beside must be what began the run."""
+    """The recipe of the run in the folder; what is given beside must be what began the run.
+
+    But for `epochs`, when it is given by itself: more of them extend the run.
+    """
     begun = folder.read_recipe()
     folder.check_writable()
     recipe = load_recipe(name or folder.recipe, overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    if "warm_start" not in given:
+        recipe = recipe.model_copy(update={"warm_start": begun.warm_start})
     differing = differing_keys(begun, recipe)
+    if "epochs" in differing and "epochs" in given:
+        if recipe.epochs < begun.epochs:
+            raise OutputError(
+                f"epochs={recipe.epochs} is less than the {begun.epochs} that {folder.root} was "
+                "begun with or extended to: a run can be extended, not shortened. Leave epochs out "
+                "to go on with it, or give another --output"
+            )
+        differing.remove("epochs")
     if differing:
         raise OutputError(
             f"{folder.root} was begun with another recipe; these keys differ: "
             f"{', '.join(differing)}. Leave them out to go on with it, or give another --output"
         )
     return recipe
+
+
+def _begin_with(recipe: Recipe, directory: Path | None) -> tuple[Recipe, WarmStart | None]:
+    """The recipe of a new run, with the id of the bundle whose weights it begins with."""
+    if directory is None:
+        if recipe.warm_start is not None:
+            raise WarmStartError(
+                f"the recipe asks for the weights of the bundle {recipe.warm_start}: give "
+                "--warm-start and where it lies, or warm_start=null for random weights"
+            )
+        return recipe, None
+    start = open_warm_start(directory, recipe.encoder)
+    if recipe.warm_start not in (None, start.model_id):
+        raise WarmStartError(
+            f"the recipe asks for the weights of the bundle {recipe.warm_start}, {directory} is "
+            f"{start.model_id}: give that one's place, or warm_start=null for whichever is given"
+        )
+    return recipe.model_copy(update={"warm_start": start.model_id}), start
+
+
+def _warm_start_of(folder: RunFolder, recipe: Recipe, directory: Path | None) -> WarmStart | None:
+    """The bundle that a run in the folder began with; needed once more if nothing was saved yet."""
+    if directory is None:
+        if recipe.warm_start is None:
+            return None
+        place = (folder.read_report() or {}).get("warm_start", {}).get("bundle", "")
+        return WarmStart(Path(place), recipe.warm_start)
+    start = open_warm_start(directory, recipe.encoder)
+    if start.model_id != recipe.warm_start:
+        began = f"the bundle {recipe.warm_start}" if recipe.warm_start else "random weights"
+        raise OutputError(
+            f"{folder.root} was begun with {began}, and {directory} is the bundle "
+            f"{start.model_id}: leave out --warm-start to go on with the run, or give another "
+            "--output to begin one"
+        )
+    return start

@@ -1,6 +1,7 @@
 """Pretrain an encoder on images and export it.
 
-    python -m trainer.run [RECIPE] --data SOURCE --output DIR [--resume] [key=value ...]
+    python -m trainer.run [RECIPE] --data SOURCE --output DIR [--resume] [--warm-start BUNDLE] \
+        [key=value ...]
     torchrun --nproc-per-node=GPUS -m trainer.run ...        the same words, several processes
 
 In: a recipe, a folder of images, an .npz or `digits`. Out: a run folder with a bundle, see
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.request import UnavailableError
     from trainer.run_folder import OutputError, RunFolder
     from trainer.session import train_and_export
+    from trainer.warm_start import WarmStartError
 
     prefix = ""
     try:
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 overrides=arguments.overrides,
                 data=arguments.data,
                 resume=arguments.resume,
+                warm_start=arguments.warm_start,
                 ranks=open_ranks(launch),
             )
     except (
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         CheckpointError,
         UnavailableError,
         RankError,
+        WarmStartError,
     ) as error:
         return _fail(str(error), WRONG_USE, prefix)
     except FirstRankFailed:
@@ -118,7 +122,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", required=True, type=Path, metavar="DIR", help="the folder of this run"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run that stands in DIR"
+        "--resume",
+        action="store_true",
+        help="go on with the run that stands in DIR; with epochs=MORE also with a finished one",
+    )
+    parser.add_argument(
+        "--warm-start",
+        type=Path,
+        metavar="BUNDLE",
+        help="begin a new run with the encoder's weights of this bundle, all else fresh",
     )
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [word for word in arguments.words if "=" in word]

@@ -3,10 +3,12 @@
 In: what the command line said. Out: the run folder, filled. Every stage is done elsewhere.
 """
 
+import functools
 import os
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ from trainer.memory_bank import MemoryBank
 from trainer.monitor import build_knn_monitor
 from trainer.pretrain import Pretraining, TrainingFailed, pretrain
 from trainer.progress import Progress, say
-from trainer.report import data_facts, training_facts, versions
+from trainer.report import data_facts, extensions, training_facts, versions
 from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import InputContract
 from trainer.request import agree_on_request, resolve_device
@@ -35,6 +37,7 @@ from trainer.sharded_bank import BankShard, replicated, restore_rows
 from trainer.step import loss_config
 from trainer.stock import CropStock
 from trainer.training_report import write_training_report
+from trainer.warm_start import fill_bank, load_weights
 
 
 class Divided(NamedTuple):
@@ -52,6 +55,7 @@ def train_and_export(
     overrides: Sequence[str],
     data: str,
     resume: bool,
+    warm_start: Path | None,
     ranks: Ranks,
 ) -> None:
     """Do one whole run, or what is left of it.
@@ -59,12 +63,21 @@ def train_and_export(
     Raises:
         RecipeError, DataError, OutputError, CheckpointError, UnavailableError: what was asked for
             cannot be done; nothing that was there is changed.
+        WarmStartError: the weights to begin with do not fit.
         RankError: the processes cannot be one run. FirstRankFailed: rank 0 raised one of these.
         TrainingFailed, ExportError: nothing is published.
         Interrupted: a signal asked for a stop, the state is saved.
         OSError: the disk failed.
     """
-    request = agree_on_request(folder, recipe, overrides, data=data, resume=resume, ranks=ranks)
+    request = agree_on_request(
+        folder,
+        recipe,
+        overrides,
+        data=data,
+        resume=resume,
+        warm_start=warm_start,
+        ranks=ranks,
+    )
     resolved = request.recipe
     if request.finished:
         say(f"this run is finished, its bundle is {folder.bundle}")
@@ -88,7 +101,7 @@ def train_and_export(
         check_bank_fits(resolved, len(divided.train), device, ranks)
         ranks = ranks.open_training(device, resolved.distributed.timeout_s)
         checkpoint = ranks.from_first(
-            lambda: open_checkpoint(folder, found, ranks) if request.resume else None
+            lambda: open_checkpoint(folder, found, resolved, ranks) if request.resume else None
         )
         report: dict[str, Any] = {
             "status": "training",
@@ -99,6 +112,16 @@ def train_and_export(
             "seconds": {"survey": time.monotonic() - clock},
             "versions": versions(),
         }
+        if request.warm_start is not None:
+            report["warm_start"] = {
+                "model_id": request.warm_start.model_id,
+                "bundle": str(request.warm_start.bundle),
+            }
+        report["extended"] = extensions(
+            folder.read_report() if request.resume else None,
+            checkpoint.progress if checkpoint else None,
+            resolved,
+        )
         if ranks.is_first:
             folder.write_recipe(resolved)
             folder.write_report(report)
@@ -125,11 +148,17 @@ def train_and_export(
             ranks=ranks,
         )
         state = build(resolved, len(divided.train), device, ranks)
+        start = request.warm_start if checkpoint is None else None
+        if start is not None:
+            ranks.from_first(functools.partial(load_weights, start, state.encoder))
+            say(f"beginning with the weights of {start.bundle}")
         progress = None
         if checkpoint is not None:
             progress = checkpoint.progress
             say(f"going on from {checkpoint.directory.name}")
         begin_from(checkpoint, state, ranks)
+        if start is not None:
+            fill_bank(state, divided.train, contract, pool, device=device, ranks=ranks)
         clock = time.monotonic()
         writes_to = folder if ranks.is_first else None
         with Journal(writes_to, progress.metrics if progress else ()) as journal:
@@ -172,7 +201,9 @@ def train_and_export(
         prepared=lambda indices: divided.train.prepared(indices, contract),
         contract=contract,
         recipe=resolved.as_dict(),
-        training=report["training"] | {"data": summary_of(report["data"])},
+        training=report["training"]
+        | ({"extended": report["extended"]} if report["extended"] else {})
+        | {"data": summary_of(report["data"])},
         config=resolved.export,
         labels=divided.train.labels,
         say=say,
@@ -236,16 +267,32 @@ def check_enough(count: int, recipe: Recipe) -> None:
         )
 
 
-def open_checkpoint(folder: RunFolder, found: Survey, ranks: Ranks) -> Checkpoint | None:
+def open_checkpoint(
+    folder: RunFolder, found: Survey, recipe: Recipe, ranks: Ranks
+) -> Checkpoint | None:
     """The state to go on from; None where the run was stopped before its first checkpoint."""
     checkpoint = newest_checkpoint(folder.checkpoints, warn=say)
     if checkpoint is None:
+        report = folder.read_report() or {}
+        if report.get("status") == "finished" and report["training"]["epochs"] < recipe.epochs:
+            raise OutputError(
+                f"{folder.root} is a finished run of {report['training']['epochs']} epochs without "
+                "a checkpoint to extend it from: begin a new run with --warm-start "
+                f"{folder.bundle} and another --output"
+            )
         say("no checkpoint yet: beginning anew")
         return None
     if checkpoint.progress.data_fingerprint != found.source.fingerprint:
         raise OutputError(
             f"{folder.root} was begun with other images: the names, sizes or contents under --data "
             "have changed since. Give the same images, or another --output"
+        )
+    planned = checkpoint.progress.recipe["epochs"]
+    if planned < recipe.epochs:
+        say(
+            f"extending from {planned} to {recipe.epochs} epochs: the learning rate follows the "
+            f"new length from here on, which is not the run that begins with "
+            f"epochs={recipe.epochs}"
         )
     before = (folder.read_report() or {}).get("processes", ranks.size)
     if before != ranks.size:

@@ -199,9 +199,9 @@ def test_quickstart__from_a_relative_folder_to_answers_and_again(
     code, left = again.interrupt()
     assert (code, left) == (0, [])
 
-    other = call(clone, str(pictures), "epochs=7", INVPROP_PORT=str(port))
+    other = call(clone, str(pictures), "optim.lr=0.7", INVPROP_PORT=str(port))
     assert other.returncode == 2
-    assert "another recipe; these keys differ: epochs" in other.stderr
+    assert "another recipe; these keys differ: optim.lr" in other.stderr
     assert "to start afresh: rm -r" in other.stderr
 
 

@@ -142,8 +142,8 @@ def test_resume__with_another_recipe_names_the_keys(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["--resume", "--data", "digits", "--output", str(finished)]
-    assert main([*line, "epochs=3", "loss.temperature=0.3"]) == 2
-    assert "these keys differ: epochs, loss.temperature" in capsys.readouterr().err
+    assert main([*line, "batch_size=9", "loss.temperature=0.3"]) == 2
+    assert "these keys differ: batch_size, loss.temperature" in capsys.readouterr().err
 
 
 def test_resume__with_other_data(
