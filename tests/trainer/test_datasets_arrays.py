@@ -3,15 +3,21 @@
 Run: pytest tests/trainer/test_datasets_arrays.py
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from trainer.datasets import DataError, open_source, reduced_picture
 from trainer.representation.preprocess import InputContract, fit_array
+from trainer.run import main
 
-WAFERS = Path(__file__).parents[3] / "shared" / "data" / "wm811k_42951.npz"
+WAFERS, CLOTHES = (
+    Path(__file__).parents[3] / "shared" / "data" / name
+    for name in ("wm811k_42951.npz", "fashion_mnist.npz")
+)
 
 
 def _write(path: Path, **changes: np.ndarray) -> Path:
@@ -82,15 +88,30 @@ def test_ragged__of_another_form(tmp_path: Path, changes: dict[str, np.ndarray],
         open_source(str(_write(tmp_path / "x.npz", **changes)))
 
 
+def _follow_the_readme(array: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the block of trainer/README.md that names `array` where the originals lie."""
+    readme = (Path(__file__).parents[2] / "trainer" / "README.md").read_text()
+    lines = next(part for part in readme.split("```")[1::2] if array in part)
+    monkeypatch.chdir(place)
+    Path("wm811k.npz").symlink_to(WAFERS)
+    Path("fashion_mnist.npz").symlink_to(CLOTHES)
+    exec(lines.removeprefix("python\n"), {})
+
+
+def _train(recipe: str, data: Path, *words: str) -> dict[str, Any]:
+    """The report of a run of one epoch with a small encoder."""
+    small = ["encoder.backbone=small", "epochs=1", "loss.warmup_epochs=0", "device=cpu"]
+    line = [recipe, "--data", str(data), "--output", "run", *small, "data.workers=0", *words]
+    assert main(line) == 0
+    report: dict[str, Any] = json.loads(Path("run/report.json").read_text())
+    return report
+
+
 @pytest.mark.skipif(not WAFERS.is_file(), reason=f"the wafer maps are not at {WAFERS}")
 def test_wafer_maps__by_the_lines_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).parents[2] / "trainer" / "README.md").read_text()
-    lines = next(part for part in readme.split("```")[1::2] if "maps_train" in part)
-    monkeypatch.chdir(tmp_path)
-    Path("wm811k.npz").symlink_to(WAFERS)
-    exec(lines.removeprefix("python\n"), {})
+    _follow_the_readme("maps_train", tmp_path, monkeypatch)
     source = open_source("wafers.npz")
     assert len(source) == 18_051
     assert source.labels is not None
@@ -99,3 +120,30 @@ def test_wafer_maps__by_the_lines_of_the_readme(
         height, width = (int(side) for side in stored["shape_train"][0])
         first = stored["maps_train"][: height * width].reshape(height, width)
     assert (np.asarray(source.pictures[0]) == first).all()
+    some = [np.asarray(picture) for picture in source.pictures[::90]]
+    assert len({picture.shape for picture in some}) > 20
+    np.savez(
+        "some.npz",
+        pixels=np.concatenate([picture.ravel() for picture in some]),
+        shapes=np.array([picture.shape for picture in some]),
+        labels=source.labels[::90],
+    )
+    report = _train("wm811k", Path("some.npz"), "batch_size=32", "encoder.image_size_px=24")
+    assert (report["data"]["images_found"], report["data"]["images_skipped"]) == (201, 0)
+    assert 0.3 < report["training"]["knn_trained"] <= 1  # six in ten are of one class
+
+
+@pytest.mark.skipif(not CLOTHES.is_file(), reason=f"Fashion-MNIST is not at {CLOTHES}")
+def test_clothes__by_the_lines_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _follow_the_readme("x_train", tmp_path, monkeypatch)
+    source = open_source("fashion.npz")
+    assert len(source) == 60_000
+    assert source.labels is not None
+    assert np.bincount(source.labels).tolist() == [6000] * 10
+    pixels = np.stack([np.asarray(picture) for picture in source.pictures[::150]])
+    np.savez("some.npz", images=pixels, labels=source.labels[::150])
+    report = _train("digits", Path("some.npz"), "batch_size=50", "encoder.image_size_px=28")
+    assert report["data"]["images_trained_on"] + report["data"]["images_held_out"] == 400
+    assert report["training"]["knn_trained"] > 0.4  # a tenth by chance; untrained networks have 0.6
