@@ -17,8 +17,10 @@ import safetensors.torch
 import torch
 
 from trainer.checkpoint import checkpoints
+from trainer.config import load_recipe
 from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
+from trainer.run import main
 
 TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 TINY = (
@@ -180,3 +182,32 @@ def test_ranks__that_were_started_differently_are_refused(
         assert second == 1
         assert "rror" not in silent
         assert not (output / "recipe.yaml").exists()
+
+
+def test_ranks__extend_and_warm_start_together(
+    images: Path, tmp_path: Path, start: Start, free_port: Callable[[], int]
+) -> None:
+    def words(output: str, *more: str) -> list[str]:
+        return _words(images, tmp_path / output, *more)
+
+    assert main([*words("first", *TINY, "epochs=1")[2:]]) == 0
+    bundle = open_bundle(tmp_path / "first" / "bundle")
+    warm = words("run", *TINY, "epochs=1", "--warm-start", str(bundle.directory))
+    for code, said in _pair(start, free_port(), warm, warm):
+        assert code == 0, said
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").warm_start == bundle.model_id
+    began, before = _figures(tmp_path / "run")
+    assert began["knn"] == _figures(tmp_path / "first")[-1]["knn"]
+
+    more, other = (
+        [each for each in words("run", "--resume", f"epochs={n}") if each != "digits"]
+        for n in (2, 3)
+    )
+    (code, said), (second, silent) = _pair(start, free_port(), more, other)
+    assert (code, second) == (2, 1), (said, silent)
+    assert 'the values given is "epochs=2" on rank 0, "epochs=3" on rank 1' in said
+    for code, said in _pair(start, free_port(), more, more):
+        assert code == 0, said
+    assert _figures(tmp_path / "run")[:2] == [began, before]
+    assert _figures(tmp_path / "run")[2]["lr"] == pytest.approx(0.015)  # half way down two epochs
+    assert open_bundle(tmp_path / "run" / "bundle").manifest["recipe"]["epochs"] == 2
