@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.batch_norm import joint_batch_norm
 from trainer.launch import Launch, RankError, meeting_place
 
-# What the ranks may wait for each other outside of the training steps: one of them may still be
-# reading images, measure accuracy or write a checkpoint. 30 minutes is torch's own for gloo.
+# What the ranks may wait for each other before training: one of them may still be reading images.
+# 30 minutes is torch's own for gloo.
 HOST_TIMEOUT = timedelta(minutes=30)
 PIECE_BYTES = 64 * 2**20  # of a divided bank that travel at a time when it is saved or restored
 
@@ -40,6 +40,7 @@ class Ranks:
 
     launch: Launch
     group: dist.ProcessGroup | None = None  # of the training steps; None before it is opened
+    host: dist.ProcessGroup | None = None  # of small things meanwhile; None: the first, patient one
 
     @property
     def rank(self) -> int:
@@ -65,7 +66,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host)
         return values
 
     def from_first(self, function: Callable[[], Result]) -> Result:
@@ -81,7 +82,7 @@ class Ranks:
             if self.is_first:
                 answer = [function(), True]
         finally:
-            dist.broadcast_object_list(answer, src=0)
+            dist.broadcast_object_list(answer, src=0, group=self.host)
         if not answer[1]:
             raise FirstRankFailed
         result: Result = answer[0]
@@ -226,14 +227,19 @@ class Ranks:
         """Open the group of the training steps: NCCL on a GPU, else gloo.
 
         Args:
-            timeout_s: what a rank waits for the others within a step before it gives up.
+            timeout_s: what a rank waits for the others before it gives up, in a step and between.
         """
         if self.size == 1:
             return self
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
-        assert not isinstance(group, int)  # torch's sign for a process that is not in the group
-        return Ranks(self.launch, group)
+        timeout = timedelta(seconds=timeout_s)
+        host = dist.new_group(backend="gloo", timeout=timeout)
+        group = host
+        if device.type == "cuda":
+            group = dist.new_group(backend="nccl", timeout=timeout)
+        # A whole number is torch's sign for a process that is not in the group.
+        assert not isinstance(group, int)
+        assert not isinstance(host, int)
+        return Ranks(self.launch, group, host)
 
     def _share_of(self, rank: int, count: int) -> slice:
         return slice(count * rank // self.size, count * (rank + 1) // self.size)
