@@ -33,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainer import export, session  # noqa: F401   once, before the forks
 from trainer.checkpoint import checkpoints, is_whole
+from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 from trainer.run import _exit
 from trainer.run import main as train
 
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 GRACE_S = 30  # what torchrun and Kubernetes leave a process by default
 TIMEOUT_S = 5  # distributed.timeout_s
 ANY_MOMENT = 0.25  # share of the signals whose moment has nothing to do with the training steps
@@ -240,7 +242,7 @@ def _outcome(output: Path) -> dict[str, Any]:
             for path in sorted(newest.glob("*.safetensors"))
             for name, tensor in safetensors.torch.load_file(path).items()
         },
-        "metrics": [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines],
+        "metrics": [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines],
         "weights": open_bundle(output / "bundle").manifest["files"]["encoder.safetensors"],
     }
 
