@@ -218,7 +218,8 @@ def _best_of_block(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _best_places(values: Tensor, count: int) -> Tensor:
     """(B, R) -> (B, count) columns of the largest values, ascending; of equal ones the first."""
     width = values.shape[1]
-    least = values.kthvalue(width - count + 1, dim=1, keepdim=True).values  # the count-th best
+    # The count-th best. Not by kthvalue, which on a GPU gives each row to one block of threads.
+    least = values.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     above, tied = values > least, values == least
     spare = count - above.sum(dim=1, keepdim=True, dtype=torch.int32)  # how many ties fit
     fitting = tied & (tied.cumsum(dim=1, dtype=torch.int32) <= spare)

@@ -44,9 +44,8 @@ class OfficialStep:
         rest = total - own if self.exclusive else total
         invariance = -torch.log(positives.values.sum(dim=1) / rest + 1e-7).mean()
 
-        rows = top_ids[:, : k + 1].clone()
-        for row, index in zip(rows, indices, strict=True):
-            row[row == index] = row[k].clone()
+        rows = top_ids[:, : k + 1]
+        rows = torch.where(rows == indices[:, None], rows[:, k:], rows)
         return instance, invariance, rows[:, :k]
 
     @torch.no_grad()
