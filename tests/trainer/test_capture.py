@@ -86,10 +86,10 @@ def _state(step: TrainingStep) -> list[Tensor]:
 
 
 def _train(step: TrainingStep | CapturedStep, batches: list[Batch]) -> Tensor:
-    """Two epochs: the rate falls and the invariance loss comes in with the second one."""
+    """Two epochs: the rate falls within each, the invariance loss comes in with the second."""
     figures = []
     for number, batch in enumerate(batches):
-        step.set_rate(0.03 if number < 3 else 0.01)
+        step.set_rate((0.03, 0.02, 0.01)[number // 2])
         figures.append(step(batch, weight=0.0 if number < 3 else 0.6))
     return torch.stack(figures)
 
