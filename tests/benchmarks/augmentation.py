@@ -164,10 +164,13 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for run in variants.values():
             run()
-        for _ in range(options.repeats):
-            for name, run in variants.items():
+        names = list(variants)
+        for repeat in range(options.repeats):
+            # Each follows each other in turn: what ran before leaves caches and heap its own way.
+            draw = np.random.default_rng(repeat)
+            for name in draw.permutation(names):
                 began = time.thread_time()
-                run()
+                variants[name]()
                 seconds[name].append(time.thread_time() - began)
     print(
         f"{options.source} px -> {size_px} px, B = {options.batch}"
