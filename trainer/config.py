@@ -54,6 +54,7 @@ class DataConfig(Section):
     resident_limit_bytes: Annotated[int, Field(ge=0)]  # images held in memory; past it: decoded
     device_limit_bytes: Annotated[int, Field(ge=0)]  # and on a GPU; past it: copied batch by batch
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"]  # decoding processes
+    decoder: Literal["pillow", "nvjpeg"]  # nvjpeg: on the GPU, anew for each batch
 
 
 class AugmentConfig(Section):

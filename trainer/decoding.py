@@ -207,7 +207,9 @@ def survey(
     usable: list[int] = []
     sizes: list[tuple[int, int]] = []
     skipped = list(source.skipped)
-    stored: list[NDArray[np.uint8]] | None = [] if config.resident_limit_bytes else None
+    # What nvJPEG decodes is not what is decoded here, so it decodes every batch.
+    holds = config.resident_limit_bytes > 0 and config.decoder == "pillow"
+    stored: list[NDArray[np.uint8]] | None = [] if holds else None
     stored_bytes = index = 0
 
     def chunks() -> Iterator[_Chunk]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torchvision
 
 from trainer.config import Recipe, differing_keys, load_recipe
 from trainer.datasets import DIGITS
 from trainer.distributed import Ranks
 from trainer.fingerprints import code_digest
 from trainer.launch import check_divides, rank_device
+from trainer.nvjpeg import Decode, nvjpeg
 from trainer.progress import say
 from trainer.report import versions
 from trainer.representation.bundle import BundleError, open_bundle
@@ -120,6 +122,28 @@ def resolve_device(asked: str, ranks: Ranks) -> torch.device:
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     return rank_device(asked, ranks.launch)
+
+
+def resolve_decoder(asked: str, device: torch.device) -> Decode | None:
+    """nvJPEG on the GPU where it was asked for; None: Pillow. It never falls back.
+
+    Raises:
+        UnavailableError: `nvjpeg` and no GPU, or a torchvision without it.
+    """
+    if asked != "nvjpeg":
+        return None
+    if device.type != "cuda":
+        raise UnavailableError(
+            f"data.decoder=nvjpeg decodes on a GPU, but this run is on {device}: give "
+            "data.decoder=pillow, or device=cuda where there is one"
+        )
+    try:
+        return nvjpeg(device)
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"data.decoder=nvjpeg was asked for, but torchvision {torchvision.__version__} cannot "
+            f"decode on {device} ({str(error).splitlines()[0]}): give data.decoder=pillow"
+        ) from error
 
 
 def _resolve_begun(folder: RunFolder, name: str | None, overrides: Sequence[str]) -> Recipe:

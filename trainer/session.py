@@ -26,12 +26,13 @@ from trainer.inspection import build_inspector
 from trainer.interruption import Interrupted
 from trainer.memory_bank import MemoryBank
 from trainer.monitor import build_knn_monitor
+from trainer.nvjpeg import Decode
 from trainer.pretrain import Pretraining, TrainingFailed, pretrain
 from trainer.progress import Progress, say
 from trainer.report import data_facts, extensions, training_facts, versions
 from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import InputContract
-from trainer.request import agree_on_request, resolve_device
+from trainer.request import agree_on_request, resolve_decoder, resolve_device
 from trainer.run_folder import Journal, Metrics, OutputError, RunFolder
 from trainer.sharded_bank import BankShard, replicated, restore_rows
 from trainer.step import loss_config
@@ -84,6 +85,7 @@ def train_and_export(
         ranks.close()
         return
     device = resolve_device(resolved.device, ranks)
+    on_device = resolve_decoder(resolved.data.decoder, device)
     together = f", {ranks.size} processes" if ranks.size > 1 else ""
     say(
         f"training on {device} (device={resolved.device}), precision {resolved.precision}{together}"
@@ -92,7 +94,7 @@ def train_and_export(
     with DecodePool(decoders(resolved.data.workers, ranks)) as pool:
         clock = time.monotonic()
         found = survey_images(open_source(data), pool, resolved)
-        divided = divide(found, pool, resolved)
+        divided = divide(found, pool, resolved, on_device)
         check_enough(len(divided.train), resolved)
         ranks.check_same(
             {"the device": device.type, "the fingerprint of the images": found.source.fingerprint},
@@ -230,15 +232,20 @@ def survey_images(source: ImageSource, pool: DecodePool, recipe: Recipe) -> Surv
             size_px=recipe.encoder.image_size_px,
             advance=progress.advance,
         )
+    too_many = ", too many to hold: decoded anew for each batch"
+    if recipe.data.decoder == "nvjpeg":
+        too_many = ", decoded by nvJPEG for each batch"
     say(
         f"{len(found.source)} images"
         + (f", {len(found.skipped)} skipped (report.json lists them)" if found.skipped else "")
-        + ("" if found.stored is not None else ", too many to hold: decoded anew for each batch")
+        + ("" if found.stored is not None else too_many)
     )
     return found
 
 
-def divide(found: Survey, pool: DecodePool, recipe: Recipe) -> Divided:
+def divide(
+    found: Survey, pool: DecodePool, recipe: Recipe, on_device: Decode | None = None
+) -> Divided:
     """Hold images out for the monitor, and keep the others' pixels for training."""
     source = found.source
     train, held_out = split(
@@ -247,7 +254,12 @@ def divide(found: Survey, pool: DecodePool, recipe: Recipe) -> Divided:
     stored = None if found.stored is None else [found.stored[i] for i in train]
     training = source.subset(train)
     stock = CropStock(
-        training, stored, pool, size_px=recipe.encoder.image_size_px, sizes=found.sizes[train]
+        training,
+        stored,
+        pool,
+        size_px=recipe.encoder.image_size_px,
+        sizes=found.sizes[train],
+        on_device=on_device,
     )
     return Divided(training, source.subset(held_out), stock)
 

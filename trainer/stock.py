@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from trainer.augment import Collated
 from trainer.datasets import DataError, ImageSource
 from trainer.decoding import DecodePool, Part, fill, named_death
+from trainer.nvjpeg import Decode, DeviceDecoder
+from trainer.progress import say
 from trainer.shared_block import BlockName, NoMemoryError, SharedBlock
 
 CPU = torch.device("cpu")
@@ -47,11 +49,16 @@ class CropStock:
         *,
         size_px: int,
         sizes: NDArray[np.int32],
+        on_device: Decode | None = None,
     ) -> None:
-        """`stored` holds N images of `sizes` (N, 2), or is None."""
+        """`stored` holds N images of `sizes` (N, 2), or is None; then `on_device` may decode."""
         self._source, self._stored, self._pool, self._size_px = source, stored, pool, size_px
         self._sizes = sizes
         self._free: list[_Block] = []
+        self._on_device: DeviceDecoder | None = None
+        self._said = False
+        if on_device is not None:
+            self._on_device = DeviceDecoder(source, sizes, size_px=size_px, decode=on_device)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -87,6 +94,15 @@ class CropStock:
         Raises:
             DataError: a picture is no longer what it was, its process died, or memory is short.
         """
+        if self._on_device is not None:
+            yield from self._on_device.batches(
+                batches,
+                lambda indices: self._room(indices, one_shape),
+                device,
+                threads=self._pool.workers,
+            )
+            self._say_counts(self._on_device)
+            return
         filled = self._gathered if self._stored is not None else self._decoded
         blocks = filled(batches, one_shape, device.type == "cuda")
         if device.type == "cpu":
@@ -162,6 +178,12 @@ class CropStock:
             yield filling.collated, filling.block
         finally:
             self._free.append(filling.block)
+
+    def _say_counts(self, decoder: DeviceDecoder) -> None:
+        if not self._said:
+            counts = (f"{name} {count:,}" for name, count in sorted(decoder.counts.items()))
+            say(f"pictures decoded in the first epoch: {', '.join(counts)}")
+        self._said = True
 
     def _room(self, indices: NDArray[np.int64], one_shape: bool) -> tuple[int, int]:
         height, width = (self._sizes if one_shape else self._sizes[indices]).max(axis=0)
