@@ -2,6 +2,7 @@
 
     python tests/gpu/cifar10.py --output DIR --limit-s 540      # again until it is done
     python tests/gpu/cifar10.py --output DIR --arms paper instance --seeds 0 1
+    python tests/gpu/cifar10.py --output DIR --arms simclr          # lightly's own, if installed
     python tests/gpu/cifar10.py --output DIR --toy --device cpu # all of the script in seconds
 
 Each arm and seed is a run of `python -m trainer.run cifar10-lightly` in DIR; past the limit it is
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +43,8 @@ from trainer.representation.protocols import knn_accuracy
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "cifar10-lightly"
-ARMS = {
+SIMCLR = "simclr"  # lightly's own, where the library is installed; see lightly_simclr.py
+ARMS: dict[str, tuple[str, ...]] = {
     "paper": (),
     "instance": ("loss.invariance_weight=0",),
     "easy": ("loss.positives=easy",),
@@ -62,6 +65,9 @@ TOY = (
     "encoder.image_size_px=16",
     "monitor.max_images=100",
 )
+
+
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # features, embeddings
 
 
 class Data(NamedTuple):
@@ -94,13 +100,18 @@ def main() -> None:
             if ends - time.monotonic() < (0 if options.toy else EVALUATION_S):
                 unfinished.append(name)
                 continue
-            words = [f"seed={seed}", f"device={options.device}", *ARMS[arm]]
-            words += [*(TOY if options.toy else ()), *options.overrides]
             folder = options.output / name
-            if not train(folder, packed, words, ends):
+            if arm == SIMCLR:
+                figures = train_simclr(folder, data, seed, options, ends)
+            else:
+                words = [f"seed={seed}", f"device={options.device}", *ARMS[arm]]
+                words += [*(TOY if options.toy else ()), *options.overrides]
+                ended = train(folder, packed, words, ends)
+                figures = measure(folder, data, options) if ended else None
+            if figures is None:
                 unfinished.append(name)
                 continue
-            results["runs"][name] = {"arm": arm, "seed": seed, **measure(folder, data, options)}
+            results["runs"][name] = {"arm": arm, "seed": seed, **figures}
             write_results(options.output, results)
     print(table(results))
     if unfinished:
@@ -139,9 +150,7 @@ def measure(folder: Path, data: Data, options: argparse.Namespace) -> dict[str, 
     recipe = load_recipe(folder / "recipe.yaml")
     encoder = build_encoder(recipe.encoder)
     encoder.load_state_dict(safetensors.torch.load(bundle.read(WEIGHTS)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device != "auto":
-        device = torch.device(options.device)
+    device = device_of(options)
     side = recipe.encoder.image_size_px
 
     def embedded(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -151,8 +160,51 @@ def measure(folder: Path, data: Data, options: argparse.Namespace) -> dict[str, 
         blocks = (images[first : first + count] for first in range(0, len(images), count))
         return embed_images(encoder, blocks, device)
 
-    features, embeddings = embedded(data.train.images)
-    test_features, test_embeddings = embedded(data.test.images)
+    train_side, test_side = embedded(data.train.images), embedded(data.test.images)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["epoch"] > 0]
+    return {
+        **accuracies(data, train_side, test_side),
+        "epochs": trained[-1]["epoch"],
+        "images_per_s": statistics.median(line["images_per_s"] for line in trained),
+        "instance": trained[-1]["instance"],
+        "invariance": trained[-1]["invariance"],
+        "seconds": json.loads((folder / "report.json").read_text())["seconds"],
+        "model_id": bundle.model_id,
+        "commit": bundle.manifest["provenance"]["commit"],
+        **machine(device),
+    }
+
+
+def train_simclr(
+    folder: Path, data: Data, seed: int, options: argparse.Namespace, ends: float
+) -> dict[str, Any] | None:
+    """lightly's SimCLR for as many encoder passes: two views an image, so half the epochs."""
+    # Here, because lightly is no dependency; it is asked for by name.
+    from tests.gpu import lightly_simclr
+
+    epochs = load_recipe(RECIPE, TOY if options.toy else options.overrides).epochs // 2
+    device = device_of(options)
+    workers = 0 if options.toy else len(os.sched_getaffinity(0))
+    images = data.train.images
+    if not lightly_simclr.train(
+        folder, images, epochs=epochs, seed=seed, device=device, ends=ends, workers=workers
+    ):
+        return None
+    state = lightly_simclr.open_state(folder, device, seed)
+    train_side = lightly_simclr.embedded(state, images, device)
+    test_side = lightly_simclr.embedded(state, data.test.images, device)
+    return {
+        **accuracies(data, train_side, test_side),
+        "epochs": epochs,
+        "images_per_s": epochs * len(images) * 2 / state.seconds,  # views, as everywhere
+        "lightly": version("lightly"),
+        **machine(device),
+    }
+
+
+def accuracies(data: Data, train_side: Pair, test_side: Pair) -> dict[str, float]:
+    """kNN on features and on embeddings, logistic regression on features; pairs of the two."""
 
     def knn(gallery: NDArray[np.float32], queries: NDArray[np.float32]) -> float:
         return knn_accuracy(
@@ -165,23 +217,24 @@ def measure(folder: Path, data: Data, options: argparse.Namespace) -> dict[str, 
         )
 
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-    linear.fit(features, data.train.labels)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if line["epoch"] > 0]
+    linear.fit(train_side[0], data.train.labels)
     return {
-        "knn_features": knn(features, test_features),
-        "knn_embedding": knn(embeddings, test_embeddings),
-        "linear": float(linear.score(test_features, data.test.labels)),
-        "epochs": trained[-1]["epoch"],
-        "images_per_s": statistics.median(line["images_per_s"] for line in trained),
-        "instance": trained[-1]["instance"],
-        "invariance": trained[-1]["invariance"],
-        "seconds": json.loads((folder / "report.json").read_text())["seconds"],
-        "model_id": bundle.model_id,
-        "commit": bundle.manifest["provenance"]["commit"],
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "knn_features": knn(train_side[0], test_side[0]),
+        "knn_embedding": knn(train_side[1], test_side[1]),
+        "linear": float(linear.score(test_side[0], data.test.labels)),
     }
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    asked = options.device
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"torch": torch.__version__, "device": name}
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -205,7 +258,7 @@ def table(results: dict[str, Any]) -> str:
         "| arm | seeds | kNN features | kNN embedding | linear | images/s | epochs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for arm in ARMS:
+    for arm in (*ARMS, SIMCLR):
         runs = [run for run in results["runs"].values() if run["arm"] == arm]
         if not runs:
             continue
@@ -226,7 +279,7 @@ def table(results: dict[str, Any]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, SIMCLR), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
     parser.add_argument("--limit-s", type=float, default=540.0, help="of this call")
