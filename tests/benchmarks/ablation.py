@@ -45,6 +45,7 @@ TEST_IMAGES, TRAINING_IMAGES, CLASSES = 10_000, 10_000, 10
 # The cifar10 recipe, but for what the size of the trial asks for.
 SETTINGS = (
     "epochs=50",
+    "optim.schedule=cosine",  # the whole of it: the rate ends near 0
     "precision=bf16",
     "encoder.normalise=true",  # small sets collapse without it
     "loss.num_background=3333",  # a third of the bank

@@ -21,13 +21,14 @@ def call(output: Path, limit_s: float) -> str:
     command += ["--device", "cpu", "--arms", "instance", "--seeds", "0", "--limit-s", str(limit_s)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.skipif(not PACK.is_file(), reason="the pack of CIFAR-10 is not beside this clone")
+@pytest.mark.timeout(300)  # three real processes after one another
 def test_cifar10__goes_on_after_a_slice_and_measures_the_last_epoch(tmp_path: Path) -> None:
     assert "not finished: instance-0" in call(tmp_path, 0.5)
     assert not (tmp_path / "instance-0" / "bundle").exists()
