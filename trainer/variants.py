@@ -180,7 +180,11 @@ def missed_floor(figures: Mapping[str, Any]) -> str | None:
 
 
 def measure_speed(
-    sessions: Mapping[str, Any], images: NDArray[np.uint8], *, rounds: int = SPEED_ROUNDS
+    sessions: Mapping[str, Any],
+    images: NDArray[np.uint8],
+    *,
+    rounds: int = SPEED_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Time graphs in turns: `batch` and `images_per_s` by precision, medians of the rounds."""
     for session in sessions.values():
@@ -188,8 +192,8 @@ def measure_speed(
     speeds: dict[str, list[float]] = {precision: [] for precision in sessions}
     for _ in range(rounds):
         for precision, session in sessions.items():
-            runs, begun = 0, time.perf_counter()
-            while (passed := time.perf_counter() - begun) < SPEED_LEAST_S:
+            runs, begun = 0, clock()
+            while (passed := clock() - begun) < SPEED_LEAST_S:
                 session.run(None, {"images": images})
                 runs += 1
             speeds[precision].append(runs * len(images) / passed)
