@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 
 from trainer.checkpoint import checkpoints
+from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 from trainer.run import main
 
 from .conftest import TINY
 
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 LR = 0.03  # of the recipe `digits`
 Extend = Callable[..., int]
 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
 def _report(output: Path) -> dict[str, Any]:

@@ -19,18 +19,20 @@ from trainer import session, warm_start
 from trainer.checkpoint import TrainingState
 from trainer.config import EncoderConfig, load_recipe
 from trainer.pretrain import Pretraining
+from trainer.readings import PARTS
 from trainer.representation.bundle import WEIGHTS, open_bundle
 from trainer.run import main
 from trainer.warm_start import WarmStartError, open_warm_start
 
 from .conftest import TINY
 
+TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 Begin = Callable[..., int]
 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
 def _weights(output: Path) -> dict[str, torch.Tensor]:
