@@ -102,7 +102,10 @@ def prove(folder: Path, signum: int, processes: int, rounds: int, seed: int) -> 
         seen["signals"] += any(sent)
         seen[_kind(codes, run.said())] += 1
         if signum == signal.SIGTERM and len(whom) == processes and all(sent):
-            assert set(codes) <= {0, 128 + signal.SIGTERM}, (codes, run.said())
+            allowed_codes = {0, 128 + signal.SIGTERM}
+            if processes > 1 and "not training" in run.said():
+                allowed_codes.add(1)  # one left while another waited for it, within torch
+            assert set(codes) <= allowed_codes, (codes, run.said())
         elif any(sent) and signum != signal.SIGTERM:
             assert any(code != 0 for code in codes), (codes, run.said())
         _check(run.output, whole_before)
