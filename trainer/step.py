@@ -60,6 +60,8 @@ class TrainingStep:
         self._losses = loss_config(recipe)
         if state.bank.embeddings.is_cuda:
             fuse(state.optimiser)
+        else:
+            unfuse(state.optimiser)
 
     def set_rate(self, rate: float) -> None:
         """Learn at this rate from now on."""
@@ -205,6 +207,16 @@ def fuse(optimiser: torch.optim.Optimizer) -> None:
                 if saved is not None:
                     momentum.copy_(saved)
                 optimiser.state[parameter]["momentum_buffer"] = momentum
+
+
+def unfuse(optimiser: torch.optim.Optimizer) -> None:
+    """Take back what `fuse` chose and a checkpoint of a GPU brought to a CPU.
+
+    The fused kernel of a CPU does not look at strides: with a momentum as a checkpoint gives it
+    back it would move other weights than the gradient says.
+    """
+    for group in optimiser.param_groups:
+        group["fused"], group["lr"] = None, float(group["lr"])
 
 
 def _momenta(optimiser: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -153,9 +153,8 @@ def make_step(bench: Bench, recipe: Recipe, count: int, resident: Tensor | None)
         torch.randint(0, count, state.bank.neighbours.shape, generator=generator)
     )
     state.encoder.train()
-    if bench.device.type == "cpu":
-        fuse(state.optimiser)
     step = TrainingStep(recipe, state, state.encoder, ALONE, lambda: 0, resident)
+    fuse(state.optimiser)
     step.set_rate(recipe.optim.lr)
     return step
 

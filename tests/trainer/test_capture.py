@@ -64,8 +64,8 @@ def make(tiny_recipe: Callable[..., Recipe]) -> Callable[..., tuple[TrainingStep
         if resident:
             feed.hold(CPU, 10**6)
         state = build(recipe, len(stock), CPU)
-        fuse(state.optimiser)
         step = TrainingStep(recipe, state, state.encoder, ALONE, lambda: 0, feed.resident)
+        fuse(state.optimiser)
         batches = [
             batch if batch.pixels is None else batch._replace(pixels=batch.pixels.clone())
             for epoch in (1, 2)

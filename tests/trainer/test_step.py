@@ -121,6 +121,18 @@ def test_fuse__is_the_same_descent_whatever_the_strides_of_a_saved_momentum() ->
         assert fused.state[found]["momentum_buffer"].stride() == found.stride()
 
 
+def test_step__on_a_cpu_takes_back_what_a_gpu_chose(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = tiny_recipe()
+    state = build(recipe, 24, CPU)
+    fuse(state.optimiser)
+    step = TrainingStep(recipe, state, state.encoder, ALONE, lambda: 0)
+    step.set_rate(0.02)
+    (group,) = state.optimiser.param_groups
+    assert (group["fused"], group["lr"]) == (None, 0.02)
+
+
 def test_compile__gives_the_step_another_way_to_compute_it(
     make: Callable[..., TrainingStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
