@@ -10,12 +10,15 @@ exception where there is no state to save.
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 STANDARD_ERROR = 2
+AGAIN_S = 0.05  # until a signal whose exception was passed over is sent once more
 STOPPING = b"\nstopping: the state is saved after this step; a second Ctrl-C kills at once\n"
 STOPPING_TOGETHER = b"\nstopping: the state is saved after this step\n"
 
@@ -40,6 +43,9 @@ class Terminated(KeyboardInterrupt):
 def terminable(*, alone: bool = True) -> Iterator[None]:
     """While entered, the first SIGTERM raises Terminated.
 
+    Python passes over what is raised in a finaliser, and a signal may come while one runs: then the
+    signal is sent once more.
+
     Args:
         alone: whether this process is the whole run; the second one kills at once then.
     """
@@ -48,10 +54,19 @@ def terminable(*, alone: bool = True) -> Iterator[None]:
         signal.signal(signum, signal.SIG_DFL if alone else signal.SIG_IGN)
         raise Terminated
 
+    def passed_over(problem: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(problem.exc_type, Terminated):
+            hook_before(problem)
+            return
+        signal.signal(signal.SIGTERM, receive)
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
     before = signal.signal(signal.SIGTERM, receive)
+    hook_before, sys.unraisablehook = sys.unraisablehook, passed_over
     try:
         yield
     finally:
+        sys.unraisablehook = hook_before
         signal.signal(signal.SIGTERM, before)
 
 

@@ -4,6 +4,7 @@ Run: pytest tests/trainer/test_interruption.py
 """
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ def test_terminable__raises_at_the_first_one_and_leaves_the_next_to_the_system()
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_terminable__in_a_finaliser_raises_once_more_outside_of_it() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)  # what is raised here, Python passes over
+
+    def run() -> None:
+        with terminable():
+            Finalised()
+            time.sleep(10)
+
+    began = time.monotonic()
+    with pytest.raises(Terminated):
+        run()
+    assert time.monotonic() - began < 5
 
 
 def test_terminable__under_a_launcher_passes_over_the_next_ones() -> None:
