@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from trainer.config import RecipeError, recipe_names
 from trainer.datasets import SOURCES, DataError
+from trainer.host_memory import keep_freed_memory
 from trainer.representation.artifact import ArtifactError
 
 SUCCEEDED, FAILED, WRONG_USE = 0, 1, 2
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch loads its OpenMP: threads that wait for each other sleep instead of spinning,
     # which a machine with other work to do needs (measured there: 2 to 5 times the images/s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     # Imported here: the decoding processes are spawned, import this file anew, and would each pay
     # seconds and hundreds of megabytes for torch.
     from trainer.checkpoint import CheckpointError

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainer.augment import Views, apply_views, collate, draw_views
 from trainer.config import load_recipe
+from trainer.host_memory import keep_freed_memory
 
 Images = list[np.ndarray]
 
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as trainer.run does
     size_px = options.size
     config = load_recipe("folder").augment
     if not options.blur:

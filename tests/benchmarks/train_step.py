@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from trainer.augment import Views, apply_views, draw_views
 from trainer.config import load_recipe
 from trainer.distributed import ALONE
+from trainer.host_memory import keep_freed_memory
 from trainer.schedule import view_generator
 from trainer.session import build
 from trainer.step import TrainingStep
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as trainer.run does
     words = [f"batch_size={options.batch}", f"precision={options.precision}", "device=cpu"]
     recipe = load_recipe("cifar10", [*words, f"encoder.backbone={options.backbone}"])
     cpu = torch.device("cpu")
