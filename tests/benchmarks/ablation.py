@@ -175,7 +175,7 @@ def train(arm: Arm, seed: int, data: Data, epochs: int) -> dict[str, Any]:
             pixels = torch.cat(
                 [
                     apply_views(
-                        block,
+                        block.pixels,
                         draw_views(recipe.augment, block.sizes, generator),
                         size_px=recipe.encoder.image_size_px,
                     )
