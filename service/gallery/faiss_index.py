@@ -127,6 +127,14 @@ class FaissSnapshot:
         row = self.main.row_of.get(item_id) if row is None else row + len(self.main.records)
         return None if row is None or self.dead[row] else row
 
+    def rows(self) -> Rows:
+        """The rows of all items, ascending; see protocol.Snapshot."""
+        return np.flatnonzero(~self.dead)
+
+    def seqs(self, rows: Rows) -> Rows:
+        """(n,) -> (n,) sequence numbers; see protocol.Snapshot."""
+        return np.concatenate([self.main.records.seqs, self.tail.records.seqs])[rows]
+
     def item(self, row: int) -> Item:
         """The item in a row."""
         records, inside = self._locate(row)
@@ -158,8 +166,8 @@ class FaissSnapshot:
 
     def page(self, *, after: int, limit: int, among: Rows | None = None) -> Page:
         """At most `limit` live rows with a sequence number above `after`, in that order."""
-        rows = np.flatnonzero(~self.dead) if among is None else among
-        seqs = np.concatenate([self.main.records.seqs, self.tail.records.seqs])[rows]
+        rows = self.rows() if among is None else among
+        seqs = self.seqs(rows)
         first = int(np.searchsorted(seqs, after, side="right"))
         chosen = rows[first : first + limit]
         more = first + limit < len(rows)

@@ -30,6 +30,7 @@ from service.gallery.protocol import (
     GalleryError,
     Idempotency,
     IdempotencyConflict,
+    Snapshot,
     StorageError,
 )
 from trainer.representation.bundle import Bundle
@@ -72,6 +73,7 @@ class LoggedGallery:
         self._bundle = bundle
         self._clock = clock
         self._ttl_s = idempotency_ttl_s
+        self._listeners: list[Callable[[Snapshot], None]] = []
         self._remembered: dict[str, Remembered] = {}
         self._queue: queue.Queue[tuple[Change, Future[Applied]] | None] = queue.Queue(max_pending)
         self._failure: Exception | None = None
@@ -108,6 +110,10 @@ class LoggedGallery:
         future: Future[Applied] = Future()
         self._queue.put_nowait((change, future))
         return future
+
+    def on_change(self, listener: Callable[[Snapshot], None]) -> None:
+        """Call `listener` with every new snapshot; see protocol.Gallery."""
+        self._listeners.append(listener)
 
     def close(self) -> None:
         """Finish what is queued and release the log and the lock."""
@@ -224,6 +230,8 @@ class LoggedGallery:
             }
         if planned.operations:
             self._snapshot = self._advance(snapshot, planned, log.last_seq)
+            for listener in self._listeners:
+                listener(self._snapshot)
         return outcomes
 
     def _advance(self, old: FaissSnapshot, plan: Plan, version: int) -> FaissSnapshot:

@@ -4,7 +4,7 @@ A gallery hands out snapshots: immutable, consistent, named by a version that gr
 acknowledged change. Searching and reading happen on a snapshot; changes go to the gallery.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -107,6 +107,18 @@ class Snapshot(Protocol):
         """The row of an item, None when there is none of that id."""
         ...
 
+    def rows(self) -> Rows:
+        """The rows of all items, ascending: the order in which they were last written."""
+        ...
+
+    def seqs(self, rows: Rows) -> Rows:
+        """(n,) -> (n,) sequence numbers of the operations that wrote these rows, > 0.
+
+        An item keeps its number until it is written again or deleted, and no number is used twice:
+        it names the same vector in every snapshot of a gallery, as a row does not.
+        """
+        ...
+
     def item(self, row: int) -> Item:
         """The item in a row that `row`, `search`, `matching` or `page` gave."""
         ...
@@ -164,6 +176,13 @@ class Gallery(Protocol):
 
         Raises:
             queue.Full: too many changes are waiting.
+        """
+        ...
+
+    def on_change(self, listener: "Callable[[Snapshot], None]") -> None:
+        """Call `listener` with every new snapshot, before the change is answered.
+
+        It runs in the writer's thread and must not take long: note the snapshot, wake a thread.
         """
         ...
 

@@ -28,6 +28,7 @@ from service.gallery.protocol import (
     Idempotency,
     IdempotencyConflict,
     Item,
+    Snapshot,
     StorageError,
 )
 from trainer.representation.bundle import Bundle, open_bundle
@@ -184,6 +185,8 @@ class AgainstAModel(RuleBasedStateMachine):
 
     def _open(self) -> None:
         self.gallery = LoggedGallery(Path(self._directory.name), self.empty_bundle)
+        self.seen: list[Snapshot] = [self.gallery.snapshot()]
+        self.gallery.on_change(self.seen.append)
 
     def teardown(self) -> None:
         self.gallery.close()
@@ -259,6 +262,10 @@ class AgainstAModel(RuleBasedStateMachine):
             (item_id, colour) for item_id, (_, colour) in self.model.items()
         ]
         assert len(snapshot) == len(self.model)
+        assert snapshot.rows().tolist() == rows.tolist()
+        seqs = snapshot.seqs(rows).tolist()
+        assert seqs == sorted(set(seqs))
+        assert self.seen[-1] is snapshot  # what listeners were told last
 
 
 def test_gallery__agrees_with_a_dict_and_brute_force(
