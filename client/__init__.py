@@ -13,6 +13,7 @@ from client.errors import (
     ConnectionFailed,
     DeadlineExceeded,
     DecoderUnavailable,
+    Forbidden,
     IdempotencyConflict,
     ImageRejected,
     InternalError,
@@ -33,6 +34,7 @@ from client.errors import (
     StorageFull,
     TimedOut,
     TooMany,
+    Unauthenticated,
     UnexpectedAnswer,
     UnsupportedMediaType,
 )
@@ -63,6 +65,7 @@ __all__ = [
     "DecoderUnavailable",
     "Deleted",
     "Embeddings",
+    "Forbidden",
     "Group",
     "Groups",
     "IdempotencyConflict",
@@ -93,6 +96,7 @@ __all__ = [
     "StorageFull",
     "TimedOut",
     "TooMany",
+    "Unauthenticated",
     "UnexpectedAnswer",
     "UnsupportedMediaType",
 ]

@@ -6,6 +6,8 @@
     ├── UnexpectedAnswer              an answer that is not this API: wrong URL, a proxy, a version
     └── ServiceError                  the service said no: status, code, detail, errors, ...
         ├── BadRequest            bad_request             the request cannot be read
+        ├── Unauthenticated       unauthenticated         no API key, or one that is not known
+        ├── Forbidden             forbidden               the API key has not the role for this
         ├── RouteNotFound         not_found               no such route: a wrong URL, or a version
         ├── ItemNotFound          item_not_found          no item of this id
         ├── MethodNotAllowed      method_not_allowed      the route has no such method
@@ -141,6 +143,14 @@ class ServiceError(InvpropError):
 
 class BadRequest(ServiceError):
     known_code = "bad_request"
+
+
+class Unauthenticated(ServiceError):
+    known_code = "unauthenticated"
+
+
+class Forbidden(ServiceError):
+    known_code = "forbidden"
 
 
 class RouteNotFound(ServiceError):

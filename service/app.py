@@ -1,7 +1,7 @@
 """The application: settings in, a FastAPI application out. Every seam is an argument.
 
-Order of the layers, from outside: request id, log line and metrics; the size of bodies; errors as
-problem documents; the routes.
+Order of the layers, from outside: request id, log line and metrics; keys and roles; the size of
+bodies; errors as problem documents; the routes.
 """
 
 import contextlib
@@ -9,17 +9,23 @@ import importlib.metadata
 from collections.abc import AsyncIterator
 from typing import Any
 
+import structlog
 from fastapi import FastAPI
 
+from service.auth import Authorise
 from service.bodies import LimitBodies
 from service.embedder import Embedder
 from service.errors import install_handlers
 from service.gallery.protocol import Gallery
+from service.keys import ApiKeys
 from service.observability import ObserveRequests
+from service.policy import Policy
 from service.routes import docs, embed, groups, health, info, items, neighbours
 from service.runtime import Runtime
 from service.schemas import ProblemDocument
 from service.settings import Settings
+
+_log = structlog.get_logger("service")
 
 DESCRIPTION = (
     "Embeddings, nearest neighbours and propagated groups of images, from an encoder pretrained "
@@ -54,11 +60,15 @@ def create_app(
         embedder: None loads the bundle's encoder.
         gallery: None opens the one of the state directory; one that is given is not closed here.
         jobs: the place of the evaluations, which this version does not serve: None.
+
+    Raises:
+        KeysError: the API keys cannot be read.
     """
     del jobs  # typed None: there is nothing yet to pass
     if settings is None:
         settings = Settings()  # type: ignore[call-arg]  # the environment gives the rest
-    runtime = Runtime(settings, embedder=embedder, gallery=gallery)
+    keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+    runtime = Runtime(settings, embedder=embedder, gallery=gallery, keys=keys)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,9 +85,14 @@ def create_app(
         redoc_url=None,
     )
     app.state.runtime = runtime
+    policy = Policy()
     app.add_middleware(LimitBodies, max_body_bytes=runtime.settings.max_body_bytes)
+    app.add_middleware(Authorise, keys=keys, policy=policy)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)
     install_handlers(app)
     for module in (embed, items, neighbours, groups, info, health, docs):
         app.include_router(module.router)
+        for route in module.router.routes:
+            if not policy.covers(route):
+                _log.error("route_without_policy", route=getattr(route, "path", ""))
     return app

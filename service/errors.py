@@ -19,6 +19,8 @@ MEDIA_TYPE = "application/problem+json"
 # code -> (status, title). The codes are part of the contract: clients branch on them.
 PROBLEMS: Mapping[str, tuple[int, str]] = {
     "bad_request": (400, "The request cannot be read"),
+    "unauthenticated": (401, "The request wants an API key"),
+    "forbidden": (403, "The API key may not do this"),
     "not_found": (404, "There is no such route"),
     "item_not_found": (404, "There is no such item"),
     "method_not_allowed": (405, "The route has no such method"),

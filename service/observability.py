@@ -148,11 +148,18 @@ class ObserveRequests:
         started = time.perf_counter()
         status = 0
 
+        method = scope["method"]
+        without_body = method == "HEAD"
+        if without_body:  # served wherever GET is
+            scope = {**scope, "method": "GET"}
+
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            elif without_body:
+                message = {**message, "body": b""}
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -163,11 +170,11 @@ class ObserveRequests:
                 if status == 0:
                     await response(scope, receive, send_with_id)
             finally:
-                self._record(scope, status, time.perf_counter() - started)
+                self._record(scope, method, status, time.perf_counter() - started)
 
-    def _record(self, scope: Scope, status: int, duration_s: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, duration_s: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = method if method in _METHODS else "other"
         self._metrics.requests.labels(method, route, str(status)).inc()
         self._metrics.request_duration.labels(method, route).observe(duration_s)
         level = logging.WARNING if status >= 500 or status == 0 else logging.INFO

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from service.app import create_app
+from service.keys import KeysError
 from service.observability import configure_logging
 from service.runtime import Runtime
 from service.settings import ENV_PREFIX, Settings
@@ -35,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     configure_logging()
     with listener:
-        app = create_app(settings)
+        try:
+            app = create_app(settings)
+        except KeysError as error:
+            return _fail(error)
         server = Server(app, settings, listener)
         asyncio.run(server.serve(sockets=[listener]))
         failure = server.runtime.failure

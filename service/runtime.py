@@ -30,6 +30,7 @@ from service.gallery.protocol import (
     StorageError,
 )
 from service.images import ImagePath
+from service.keys import ApiKeys
 from service.observability import Metrics
 from service.settings import Settings
 from trainer.representation.bundle import Bundle, BundleError, open_bundle
@@ -46,9 +47,15 @@ class Runtime:
     """The parts of one service; use it as `async with runtime.running():`."""
 
     def __init__(
-        self, settings: Settings, *, embedder: Embedder | None, gallery: Gallery | None
+        self,
+        settings: Settings,
+        *,
+        embedder: Embedder | None,
+        gallery: Gallery | None,
+        keys: ApiKeys,
     ) -> None:
         self.settings = settings
+        self.keys = keys
         self.metrics = Metrics()
         self.draining = False
         self.failure: Exception | None = None
@@ -93,6 +100,9 @@ class Runtime:
         decoders = self._images if self._images is not None and self._images.running else None
         parts = (self._embedder, decoders, self._gallery)
         checks = {n: missing if p is None else "ok" for n, p in zip(CHECKS, parts, strict=True)}
+        self.keys.refresh()
+        if self.keys.failure is not None:
+            checks["keys"] = "the API keys cannot be read; the log says why"
         if self.draining:
             checks["accepting"] = "the service is stopping"
         return checks

@@ -31,6 +31,15 @@ class Settings(BaseSettings):
         default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
     )
 
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File of lines `NAME ROLE sha256:HEX` from `python -m service.keys`; read "
+        "again when it changes. Without keys every caller may do everything.",
+    )
+    api_keys: str | None = Field(
+        default=None, description="Such lines, separated by `;`, instead of or beside the file."
+    )
+
     execution_provider: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where the encoder runs. `auto`: CUDA when it really loads, else the CPU. "
