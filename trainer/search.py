@@ -5,7 +5,6 @@ each, without ever holding (B, N). No gradient: the losses need only what is fou
 """
 
 import math
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +93,9 @@ def places(found: TopM, ids: Tensor) -> Tensor:
 
 def _top_m_on_cpu(queries: Tensor, bank: Tensor, m: int, block_rows: int) -> TopM:
     batch = len(queries)
-    scores = _scores(batch, block_rows, queries.dtype)
+    # Given back before the losses need memory: they take no more than this block did, and
+    # trainer.host_memory keeps its pages for the next step (fresh ones cost 3 ms).
+    scores = torch.empty(batch, block_rows, dtype=queries.dtype)
     ids = np.zeros((batch, m), np.int64)  # rows that exist, where no comparison is true (NaN)
     similarities = np.empty((batch, m), scores.numpy().dtype)
     count = 0  # rows of the bank that compete so far, m at most
@@ -154,17 +155,6 @@ def _sampled_bound(line: NDArray[np.floating], m: int) -> float:
     rank = min(len(sample), int(expected / SAMPLE_STRIDE))
     sample.partition(len(sample) - rank)
     return float(sample[len(sample) - rank])
-
-
-_per_thread = threading.local()
-
-
-def _scores(batch: int, block_rows: int, dtype: torch.dtype) -> Tensor:
-    """The block of similarities, the same memory in every step (fresh pages cost 3 ms a step)."""
-    held: Tensor | None = getattr(_per_thread, "scores", None)
-    if held is None or held.shape != (batch, block_rows) or held.dtype != dtype:
-        held = _per_thread.scores = torch.empty(batch, block_rows, dtype=dtype)
-    return held
 
 
 def _top_m_on_device(queries: Tensor, bank: Tensor, m: int, block_rows: int) -> TopM:

@@ -3,7 +3,9 @@
     python tests/benchmarks/loss_step.py            # N = 50,000, B = 128: goal >= 3.5x
     python tests/benchmarks/loss_step.py --images 1281167 --batch 16
 
-One thread, the two interleaved, medians. Also says how far loss and gradient are apart.
+One thread, the two interleaved, medians. Also says how far loss and gradient are apart. Freed
+memory is kept for the next step, as trainer.run does, which helps both; `--allocator default`
+leaves the C library as it is, as the released code did.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.reference.official import OfficialStep
+from trainer.host_memory import keep_freed_memory
 from trainer.memory_bank import MemoryBank
 from trainer.objective import LossConfig, objective
 
@@ -40,8 +43,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--background", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.allocator == "kept":
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     dim, k, steps, num_positives, temperature = 128, 4, 3, 50, 0.07
 
