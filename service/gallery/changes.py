@@ -7,14 +7,14 @@ snapshot is built of.
 from collections.abc import Sequence
 
 import numpy as np
-import orjson
 
-from service.gallery.faiss_index import FaissSnapshot, Records
+from service.gallery.faiss_index import FaissSnapshot
 from service.gallery.oplog import Operation, OperationsLog, encode_metadata
-from service.gallery.protocol import Applied, Change, Item, Metadata
+from service.gallery.protocol import Applied, Change
+from service.gallery.records import Records, records_of
 from trainer.representation.bundle import BundleGallery
 
-Written = tuple[str, bytes, Metadata, int]  # id, vector, metadata, seq
+Written = tuple[str, bytes, bytes, int]  # id, vector, metadata as JSON, seq
 
 
 class Plan:
@@ -36,8 +36,9 @@ class Plan:
             else:
                 added += 1
             vector = item.vector.astype("<f4").tobytes()
-            self._append(Operation("upsert", item.id, vector, encode_metadata(item.metadata)))
-            self.upserts[item.id] = (item.id, vector, item.metadata, self._seq)
+            metadata = encode_metadata(item.metadata)
+            self._append(Operation("upsert", item.id, vector, metadata))
+            self.upserts[item.id] = (item.id, vector, metadata, self._seq)
         for item_id in change.deletes:
             if self._remove(item_id):
                 deleted += 1
@@ -63,30 +64,32 @@ class Plan:
         return True
 
 
-def records_of(written: Sequence[Written], dim: int) -> Records:
+def columns(written: Sequence[Written], dim: int) -> Records:
     """Written items as columns."""
-    vectors = np.frombuffer(b"".join(w[1] for w in written), "<f4").reshape(-1, dim)
-    return Records(
-        vectors.astype(np.float32, copy=False),
-        [w[0] for w in written],
-        [w[2] for w in written],
-        np.fromiter((w[3] for w in written), np.int64, len(written)),
+    return records_of(
+        vectors=np.frombuffer(b"".join(w[1] for w in written), "<f4").reshape(-1, dim),
+        ids=[w[0] for w in written],
+        metadata=[w[2] for w in written],
+        seqs=[w[3] for w in written],
     )
 
 
 def import_gallery(log: OperationsLog, gallery: BundleGallery) -> Records:
     """Write a bundle's gallery as the first operations of a new log."""
-    items = [
-        Item(item_id, vector, {})
-        for item_id, vector in zip(gallery.ids, gallery.embeddings, strict=True)
-    ]
     empty = encode_metadata({})
-    log.append([Operation("upsert", i.id, i.vector.astype("<f4").tobytes(), empty) for i in items])
-    return Records(
-        np.ascontiguousarray(gallery.embeddings, np.float32),
-        gallery.ids,
-        [i.metadata for i in items],
-        np.arange(1, len(items) + 1),
+    vectors = np.ascontiguousarray(gallery.embeddings, "<f4")
+    log.append(
+        [
+            Operation("upsert", item_id, vector.tobytes(), empty)
+            for item_id, vector in zip(gallery.ids, vectors, strict=True)
+        ]
+    )
+    count = len(gallery.ids)
+    return records_of(
+        vectors=vectors,
+        ids=gallery.ids,
+        metadata=[empty] * count,
+        seqs=np.arange(1, count + 1),
     )
 
 
@@ -98,5 +101,5 @@ def replay(log: OperationsLog, dim: int) -> Records:
         if kind == "upsert":
             assert vector is not None
             assert metadata is not None
-            live[item_id] = (item_id, vector, orjson.loads(metadata), seq)
-    return records_of(list(live.values()), dim)
+            live[item_id] = (item_id, vector, metadata, seq)
+    return columns(list(live.values()), dim)

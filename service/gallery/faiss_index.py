@@ -1,265 +1,293 @@
-"""Exact search over the gallery with faiss: immutable segments, joined by one snapshot.
+"""Search over the gallery with faiss: immutable segments, joined by one snapshot.
 
 In: unit vectors in the order in which they were written, with ids, metadata and sequence numbers.
 Out: neighbours in an order that does not depend on how the rows are cut into segments, on the batch
 or on the device: faiss only proposes candidates, their cosines are computed again in float64.
-
-A segment is never changed once it was searched: faiss must not add and search at the same time.
 """
 
-import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from service.gallery.protocol import Filter, Found, Item, Metadata, Page, Rows, Vectors
-from service.gallery.vectors import cosine
-from trainer.representation.neighbours import exact_neighbours
+from service.gallery.protocol import Filter, Found, Item, Page, Rows, Vectors
+from service.gallery.records import Records
+from service.gallery.segment import Segment, nearest, score_error
 
-# faiss >= 1.14.2 uses matrix multiplication only for about 1000 queries of 128 dimensions together.
-# It pays from about nq * d = 800 on, 3 to 8 times (measured on one thread).
-faiss.cvar.distance_compute_blas_threshold = 800
-
-# A float32 dot product of unit vectors is within this of the float64 one (128 * 2^-24 = 8e-6).
-SCORE_ERROR = 1e-5
 EXTRA_CANDIDATES = 8  # proposed beyond k at the first try, so that near ties are seen whole
-# Where more candidates than this lie within SCORE_ERROR of the k-th place, any of them are taken.
+# Where more candidates than this are too close to tell apart, all rows are looked at instead.
 MAX_CANDIDATES = 4096
-GPU_MAX_CANDIDATES = 2048  # faiss' limit of k on a GPU
+# A filter that leaves less than this share of the rows is searched in a copy of their vectors.
+GATHERED_SHARE = 0.1
 _RESCORE_FLOATS = 4_000_000  # float64 values gathered at a time: 32 MB
 _BLOCK_ROWS = 65_536  # rows of a filtered search gathered at a time
 
-
-@dataclass(frozen=True)
-class Records:
-    """N rows as columns, in the order in which they were written."""
-
-    vectors: Vectors  # (N, D) float32, contiguous
-    ids: Sequence[str]
-    metadata: Sequence[Metadata]
-    seqs: Rows  # (N,) sequence number of each row's operation, ascending
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: NDArray[np.int64]) -> "Records":
-        """These rows alone."""
-        return Records(
-            self.vectors[rows],
-            [self.ids[r] for r in rows],
-            [self.metadata[r] for r in rows],
-            self.seqs[rows],
-        )
+Mask = NDArray[np.bool_]
 
 
-def join(parts: Sequence[Records]) -> Records:
-    """Records one after the other."""
-    return Records(
-        np.concatenate([p.vectors for p in parts]),
-        [i for p in parts for i in p.ids],
-        [m for p in parts for m in p.metadata],
-        np.concatenate([p.seqs for p in parts]),
-    )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Records with a faiss index of their vectors."""
-
-    records: Records
-    row_of: Mapping[str, int]
-    index: Any
-    # Held while searching: a GPU's scratch memory serves one search at a time. None on the CPU.
-    lock: AbstractContextManager[Any] | None
-
-    @classmethod
-    def build(cls, records: Records, *, gpu: Any = None) -> "Segment":
-        """Index the records; on the GPU where its resources are given."""
-        dim = records.vectors.shape[1]
-        if gpu is None:
-            index: Any = faiss.IndexFlatIP(dim)
-        else:
-            index = faiss.GpuIndexFlatIP(gpu, dim)
-        lock = None if gpu is None else threading.Lock()
-        index.add(np.ascontiguousarray(records.vectors))
-        return cls(records, {item_id: r for r, item_id in enumerate(records.ids)}, index, lock)
-
-    def candidates(self, queries: Vectors, count: int) -> tuple[Vectors, Rows]:
-        """(B, D) -> scores and rows (B, min(count, N)), best first."""
-        count = min(count, len(self.records))
-        if self.lock is None:
-            return cast(tuple[Vectors, Rows], self.index.search(queries, count))
-        with self.lock:
-            return cast(tuple[Vectors, Rows], self.index.search(queries, count))
-
-    @property
-    def most(self) -> int:
-        """Candidates that one call can give."""
-        return GPU_MAX_CANDIDATES if self.lock is not None else MAX_CANDIDATES
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FaissSnapshot:
-    """The items at one version: a large segment, a small one of the last changes, the dead rows.
+    """The items at one version: segments one after the other, and which of their rows are dead.
 
-    Rows number `main` and then `tail`. Rows of `main` that were replaced or deleted stay in its
-    index until it is built anew; `tail` is built with every change and has none.
+    Rows number the segments' rows in their order. Rows that were replaced or deleted stay in their
+    segment until it is made anew. Every id lives in one row at most.
     """
 
     version: int
-    device: str
-    main: Segment
-    tail: Segment
-    dead: NDArray[np.bool_] = field(repr=False)  # (rows,) of main and tail
+    dim: int
+    gpu: Any  # faiss' resources where segments live on a GPU, else None
+    segments: tuple[Segment, ...]  # none of them empty
+    dead: Mask = field(repr=False)  # (rows,)
     num_dead: int
+
+    @classmethod
+    def of(cls, records: Records, version: int, *, gpu: Any = None) -> "FaissSnapshot":
+        """All records in one segment."""
+        segments = (Segment.of(records, gpu=gpu),) if len(records) else ()
+        dim = records.vectors.shape[1]
+        return cls(version, dim, gpu, segments, np.zeros(len(records), bool), 0)
+
+    @property
+    def device(self) -> str:
+        """Where the large segments are searched."""
+        return "cpu" if self.gpu is None else "gpu"
 
     def __len__(self) -> int:
         return len(self.dead) - self.num_dead
 
+    @cached_property
+    def firsts(self) -> Rows:
+        """(segments + 1,) the first row of each segment, and the number of all rows."""
+        return np.cumsum([0, *map(len, self.segments)])
+
     def row(self, item_id: str) -> int | None:
         """The row of an item, None when there is none of that id."""
-        row = self.tail.row_of.get(item_id)
-        row = self.main.row_of.get(item_id) if row is None else row + len(self.main.records)
-        return None if row is None or self.dead[row] else row
+        for number in reversed(range(len(self.segments))):  # older segments hold older writings
+            inside = self.segments[number].row_of.get(item_id)
+            if inside is not None:
+                row = int(self.firsts[number]) + inside
+                return None if self.dead[row] else row
+        return None
+
+    @cached_property
+    def _live(self) -> Rows:
+        rows = np.flatnonzero(~self.dead)
+        rows.flags.writeable = False
+        return rows
 
     def rows(self) -> Rows:
         """The rows of all items, ascending; see protocol.Snapshot."""
-        return np.flatnonzero(~self.dead)
+        return self._live
 
     def seqs(self, rows: Rows) -> Rows:
         """(n,) -> (n,) sequence numbers; see protocol.Snapshot."""
-        return np.concatenate([self.main.records.seqs, self.tail.records.seqs])[rows]
+        return self._gather(rows, np.empty(len(rows), np.int64), lambda r: r.seqs)
 
-    def item(self, row: int) -> Item:
-        """The item in a row."""
-        records, inside = self._locate(row)
-        return Item(records.ids[inside], records.vectors[inside], records.metadata[inside])
+    def ids(self, rows: Rows) -> NDArray[np.object_]:
+        """(n,) -> (n,) str; see protocol.Snapshot."""
+        return self._gather(rows, np.empty(len(rows), np.object_), lambda r: r.ids)
 
     def vectors(self, rows: Rows) -> Vectors:
         """(n,) -> (n, D)."""
-        rows = np.asarray(rows, np.int64)
-        boundary = len(self.main.records)
-        gathered = np.empty((len(rows), self.main.records.vectors.shape[1]), np.float32)
-        in_main = rows < boundary
-        gathered[in_main] = self.main.records.vectors[rows[in_main]]
-        gathered[~in_main] = self.tail.records.vectors[rows[~in_main] - boundary]
-        return gathered
+        gathered = np.empty((len(rows), self.dim), np.float32)
+        return self._gather(rows, gathered, lambda r: r.vectors)
+
+    def item(self, row: int) -> Item:
+        """The item in a row."""
+        number = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        records, inside = self.segments[number].records, row - int(self.firsts[number])
+        return Item(records.ids[inside], records.vectors[inside], records.parsed(inside))
 
     def matching(self, filter: Filter) -> Rows:
         """Rows of the live items whose metadata match, ascending."""
-        wanted = [(name, [_typed(v) for v in values]) for name, values in filter.items()]
-        columns = (self.main.records.metadata, self.tail.records.metadata)
-        found = [
-            row
-            for row, metadata in enumerate(m for column in columns for m in column)
-            if not self.dead[row]
-            and all(
-                name in metadata and _typed(metadata[name]) in values for name, values in wanted
-            )
+        if not filter:
+            return self.rows()
+        parts = [
+            segment.postings.matching(filter) + first
+            for segment, first in zip(self.segments, self.firsts, strict=False)
         ]
-        return np.asarray(found, np.int64)
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        return rows[~self.dead[rows]] if self.num_dead else rows
 
     def page(self, *, after: int, limit: int, among: Rows | None = None) -> Page:
         """At most `limit` live rows with a sequence number above `after`, in that order."""
         rows = self.rows() if among is None else among
-        seqs = self.seqs(rows)
-        first = int(np.searchsorted(seqs, after, side="right"))
+        first = self._rows_until(after, rows)
         chosen = rows[first : first + limit]
         more = first + limit < len(rows)
-        return Page(chosen, int(seqs[first + len(chosen) - 1]) if more else None)
+        return Page(chosen, int(self.seqs(chosen[-1:])[0]) if more else None)
 
     def search(
         self, queries: Vectors, k: int, *, exclude: Rows | None = None, among: Rows | None = None
     ) -> Found:
         """The k items most similar to each query, exactly; see protocol.Snapshot.search."""
         queries = np.ascontiguousarray(queries, np.float32)
-        left_out = np.full(len(queries), -1, np.int64) if exclude is None else exclude
-        found = Found(
+        best = _Best(queries, k, exclude)
+        if among is not None and len(among) < GATHERED_SHARE * len(self.dead):
+            for start in range(0, len(among), _BLOCK_ROWS):
+                block = among[start : start + _BLOCK_ROWS]
+                best.take(_gathered(block, self.vectors(block)))
+            return best.found
+        allowed = ~self.dead if self.num_dead else None
+        if among is not None:
+            allowed = np.zeros(len(self.dead), bool)
+            allowed[among] = True
+        for segment, first in zip(self.segments, self.firsts.tolist(), strict=False):
+            mine = None if allowed is None else allowed[first : first + len(segment)]
+            best.take(_Part(segment.candidates, segment.records.vectors, first, None, mine))
+        return best.found
+
+    def _rows_until(self, seq: int, rows: Rows) -> int:
+        """How many of these ascending rows were written up to a sequence number."""
+        before = 0  # numbers ascend with the rows, from segment to segment too
+        for segment in self.segments:
+            inside = int(np.searchsorted(segment.records.seqs, seq, side="right"))
+            before += inside
+            if inside < len(segment):
+                break
+        return int(np.searchsorted(rows, before))
+
+    def _gather(
+        self,
+        rows: Rows,
+        into: NDArray[Any],
+        column: Callable[[Records], NDArray[Any]],
+    ) -> NDArray[Any]:
+        rows = np.asarray(rows, np.int64)
+        owner = np.searchsorted(self.firsts, rows, side="right") - 1
+        for number, segment in enumerate(self.segments):
+            mine = slice(None) if len(self.segments) == 1 else owner == number
+            into[mine] = column(segment.records)[rows[mine] - self.firsts[number]]
+        return into
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are looked at together."""
+
+    candidates: Callable[[Vectors, int], tuple[Vectors, Rows]]
+    vectors: Vectors  # (n, D)
+    first: int  # row of the snapshot of the first one ...
+    rows: Rows | None  # ... or the row of each
+    allowed: Mask | None  # (n,) which of them count; None: all do
+
+    def numbers(self, inside: Rows) -> Rows:
+        """Rows of the snapshot."""
+        return inside + self.first if self.rows is None else self.rows[inside]
+
+
+def _gathered(rows: Rows, vectors: Vectors) -> _Part:
+    return _Part(lambda q, count: nearest(q, vectors, count), vectors, 0, rows, None)
+
+
+class _Best:
+    """The k best of each query so far: float64 cosines as float32, equal ones by row."""
+
+    def __init__(self, queries: Vectors, k: int, exclude: Rows | None) -> None:
+        self._queries = queries
+        self._error = score_error(queries.shape[1])
+        self._left_out = None if exclude is None or (exclude < 0).all() else exclude
+        self._k = k
+        self._empty = True
+        self.found = Found(
             np.full((len(queries), k), -1, np.int64),
             np.full((len(queries), k), -np.inf, np.float32),
         )
-        if among is not None:
-            self._fill(
-                found, np.arange(len(queries)), queries, left_out, self._scan(queries, k, among)
+
+    def take(self, part: _Part) -> None:
+        """Take what a part has to offer; parts come in the order of their rows."""
+        size = len(part.vectors)
+        share = 1.0 if part.allowed is None else float(part.allowed.mean())
+        if not share:
+            return
+        places: Rows | None = None  # all queries
+        count = int((self._k + 1) / share) + EXTRA_CANDIDATES
+        while count <= MAX_CANDIDATES or count >= size:
+            scores, inside = part.candidates(_some(self._queries, places), min(count, size))
+            rows = part.numbers(inside)
+            usable = None if part.allowed is None else part.allowed[inside]
+            if self._left_out is not None:
+                others = rows != _some(self._left_out, places)[:, None]
+                usable = others if usable is None else usable & others
+            if count >= size:
+                self._merge(places, part, inside, rows, usable)
+                return
+            whole = scores[:, -1] < self._floor(places, scores, usable) - 2 * self._error
+            if whole.all():
+                self._merge(places, part, inside, rows, usable)
+                return
+            every = np.arange(len(self._queries)) if places is None else places
+            self._merge(
+                every[whole],
+                part,
+                inside[whole],
+                rows[whole],
+                None if usable is None else usable[whole],
             )
-            return found
-        pending, extra = np.arange(len(queries)), EXTRA_CANDIDATES
-        while len(pending):
-            candidates, complete = self._propose(queries[pending], k, left_out[pending], extra)
-            self._fill(found, pending, queries[pending], left_out[pending], candidates)
-            pending, extra = pending[~complete], extra * 8
-        return found
+            places, count = every[~whole], count * 8
+        for place in range(len(self._queries)) if places is None else places.tolist():
+            self._look_at_all(place, part)
 
-    def _propose(
-        self, queries: Vectors, k: int, left_out: Rows, extra: int
-    ) -> tuple[Rows, NDArray[np.bool_]]:
-        """Candidate rows (B, W), and for which queries no row outside them can be among the k."""
-        parts, complete = [], np.ones(len(queries), bool)
-        for segment, first, dead in (
-            (self.main, 0, self.num_dead),
-            (self.tail, len(self.main.records), 0),
-        ):
-            if not len(segment.records):
-                continue
-            count = min(k + dead + 1 + extra, max(segment.most, k + dead + 1))
-            scores, rows = segment.candidates(queries, count)
-            rows = rows + first
-            parts.append(rows)
-            if scores.shape[1] < len(segment.records) and count < segment.most:
-                usable = ~self.dead[rows] & (rows != left_out[:, None])
-                kth = np.argmax(np.cumsum(usable, axis=1) == k, axis=1)  # place of the k-th usable
-                floor = np.take_along_axis(scores, kth[:, None], axis=1)[:, 0]
-                complete &= scores[:, -1] < floor - 2 * SCORE_ERROR
-        if not parts:
-            return np.empty((len(queries), 0), np.int64), complete
-        return np.concatenate(parts, axis=1), complete
+    def _floor(self, places: Rows | None, scores: Vectors, usable: Mask | None) -> Vectors:
+        """(b,) a score that the k-th best of all rows has at least, up to the error of scores."""
+        so_far = _some(self.found.similarities, places)[:, -1]
+        if usable is None:
+            kth = scores[:, self._k - 1]
+        else:
+            enough = np.cumsum(usable, axis=1) >= self._k
+            kth = np.take_along_axis(scores, enough.argmax(axis=1)[:, None], axis=1)[:, 0]
+            kth = np.where(enough[:, -1], kth, np.float32(-np.inf))
+        return cast(Vectors, np.maximum(so_far, kth))
 
-    def _scan(self, queries: Vectors, k: int, among: Rows) -> Rows:
-        """Candidates among some rows only: a plain scan of them, block by block."""
-        parts = [np.empty((len(queries), 0), np.int64)]
-        for start in range(0, len(among), _BLOCK_ROWS):
-            block = among[start : start + _BLOCK_ROWS]
-            best = exact_neighbours(
-                queries, self.vectors(block), min(len(block), k + 1 + EXTRA_CANDIDATES)
-            ).ids
-            parts.append(np.where(best >= 0, block[best], -1))
-        return np.concatenate(parts, axis=1)
+    def _look_at_all(self, place: int, part: _Part) -> None:
+        """Take what cannot be told apart by its scores: all that may be among the k best."""
+        scores = part.vectors @ self._queries[place]
+        counts = np.ones(len(scores), bool) if part.allowed is None else part.allowed.copy()
+        if self._left_out is not None:
+            counts &= part.numbers(np.arange(len(scores))) != self._left_out[place]
+        inside = np.flatnonzero(counts)
+        if len(inside) > self._k:
+            floor = np.partition(scores[inside], -self._k)[-self._k] - 2 * self._error
+            inside = inside[scores[inside] >= floor]
+        step = max(1, _RESCORE_FLOATS // self._queries.shape[1])
+        for start in range(0, len(inside), step):
+            some = inside[None, start : start + step]
+            self._merge(np.asarray([place]), part, some, part.numbers(some), None)
 
-    def _fill(
-        self, found: Found, places: Rows, queries: Vectors, left_out: Rows, candidates: Rows
+    def _merge(
+        self, places: Rows | None, part: _Part, inside: Rows, rows: Rows, usable: Mask | None
     ) -> None:
-        """Score the candidates of each query again and write the best into its place."""
-        width, k = candidates.shape[1], found.rows.shape[1]
-        step = max(1, _RESCORE_FLOATS // max(1, width * queries.shape[1]))
-        for start in range(0, len(queries), step):
-            part = slice(start, start + step)
-            rows = candidates[part]
-            usable = (rows >= 0) & (rows != left_out[part, None])
-            usable[usable] = ~self.dead[rows[usable]]
-            cosines = np.full(rows.shape, -np.inf, np.float32)
-            owner, column = np.nonzero(usable)
-            flat = rows[owner, column]
-            cosines[owner, column] = cosine(queries[part][owner], self.vectors(flat))
-            order = np.lexsort((rows, -cosines), axis=1)[:, :k]
-            best = np.take_along_axis(cosines, order, axis=1)
-            kept = min(k, width)
-            found.similarities[places[part], :kept] = best
-            found.rows[places[part], :kept] = np.where(
-                best > -np.inf, np.take_along_axis(rows, order, axis=1), -1
-            )
+        """Score candidates (b, w) of the queries in `places` again and keep the k best of all."""
+        width, dim = inside.shape[1], self._queries.shape[1]
+        step = max(1, _RESCORE_FLOATS // max(1, width * dim))
+        for start in range(0, len(inside), step):
+            chunk = slice(start, start + step)
+            if places is None and step >= len(inside):
+                place: Rows | slice = slice(None)
+            else:
+                place = np.arange(len(inside))[chunk] if places is None else places[chunk]
+            vectors = part.vectors[inside[chunk]].astype(np.float64)
+            queries = self._queries[place].astype(np.float64)
+            cosines = np.einsum("bwd,bd->bw", vectors, queries)
+            similarities = cosines.clip(-1, 1).astype(np.float32)
+            numbers = rows[chunk]
+            if usable is not None:
+                similarities[~usable[chunk]] = -np.inf
+                numbers = np.where(usable[chunk], numbers, -1)
+            if not self._empty:
+                similarities = np.concatenate(
+                    [self.found.similarities[place], similarities], axis=1
+                )
+                numbers = np.concatenate([self.found.rows[place], numbers], axis=1)
+            order = np.lexsort((numbers, -similarities), axis=1)[:, : self._k]
+            kept = order.shape[1]
+            self.found.similarities[place, :kept] = np.take_along_axis(similarities, order, axis=1)
+            self.found.rows[place, :kept] = np.take_along_axis(numbers, order, axis=1)
+        self._empty = self._empty and not len(inside)
 
-    def _locate(self, row: int) -> tuple[Records, int]:
-        boundary = len(self.main.records)
-        if row < boundary:
-            return self.main.records, row
-        return self.tail.records, row - boundary
 
-
-def _typed(value: Any) -> Any:
-    """JSON's true is not 1, Python's is."""
-    return (bool, value) if isinstance(value, bool) else value
+def _some(values: NDArray[Any], places: Rows | None) -> NDArray[Any]:
+    return values if places is None else values[places]

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +21,9 @@ import numpy as np
 import orjson
 import structlog
 
-from service.gallery.changes import Plan, import_gallery, records_of, replay
-from service.gallery.faiss_index import FaissSnapshot, Records, Segment, join
+from service.gallery.changes import Plan, columns, import_gallery, replay
+from service.gallery.faiss_index import FaissSnapshot
+from service.gallery.levels import advance
 from service.gallery.oplog import OperationsLog, Remembered
 from service.gallery.protocol import (
     Applied,
@@ -38,10 +39,6 @@ from trainer.representation.bundle import Bundle
 LOCK_NAME = "lock"
 # Requests written in one transaction: one synchronisation (about 7 ms) is shared by so many.
 GROUP_REQUESTS = 64
-# The tail is indexed anew with every change, the main segment only when one of these is passed.
-TAIL_ROWS = 4096
-TAIL_SHARE = 32  # ... or main rows / this, where that is more
-MAX_DEAD = 512  # a search looks at so many rows more than it was asked for
 
 _log = structlog.get_logger("service.gallery")
 
@@ -155,7 +152,7 @@ class LoggedGallery:
             gallery_version=log.last_seq,
             duration_s=round(time.perf_counter() - started, 3),
         )
-        return self._whole(records, log.last_seq)
+        return FaissSnapshot.of(records, log.last_seq, gpu=self._gpu)
 
     def _next_group(self) -> list[tuple[Change, "Future[Applied]"]] | None:
         first = self._queue.get()
@@ -229,42 +226,15 @@ class LoggedGallery:
                 k: entry for k, entry in self._remembered.items() if entry.created_at >= horizon
             }
         if planned.operations:
-            self._snapshot = self._advance(snapshot, planned, log.last_seq)
+            self._snapshot = advance(
+                snapshot,
+                gone=np.asarray(sorted(planned.gone), np.int64),
+                fresh=columns(list(planned.upserts.values()), self._bundle.embedding_dim),
+                version=log.last_seq,
+            )
             for listener in self._listeners:
                 listener(self._snapshot)
         return outcomes
-
-    def _advance(self, old: FaissSnapshot, plan: Plan, version: int) -> FaissSnapshot:
-        """The snapshot after the plan: a new tail, or everything built anew."""
-        boundary = len(old.main.records)
-        gone = np.asarray(sorted(plan.gone), np.int64)
-        tail_left = np.setdiff1d(np.arange(len(old.tail.records)), gone - boundary)
-        written = [plan.upserts[item_id] for item_id in plan.upserts]
-        tail = join(
-            [old.tail.records.take(tail_left), records_of(written, self._bundle.embedding_dim)]
-        )
-        dead = old.dead[:boundary].copy()
-        dead[gone[gone < boundary]] = True
-        num_dead = int(dead.sum())
-        if len(tail) > max(TAIL_ROWS, boundary // TAIL_SHARE) or num_dead > MAX_DEAD:
-            return self._whole(join([old.main.records.take(np.flatnonzero(~dead)), tail]), version)
-        return replace(
-            old,
-            version=version,
-            tail=Segment.build(tail),
-            dead=np.concatenate([dead, np.zeros(len(tail), bool)]),
-            num_dead=num_dead,
-        )
-
-    def _whole(self, records: Records, version: int) -> FaissSnapshot:
-        return FaissSnapshot(
-            version=version,
-            device="cpu" if self._gpu is None else "gpu",
-            main=Segment.build(records, gpu=self._gpu),
-            tail=Segment.build(records_of([], self._bundle.embedding_dim)),
-            dead=np.zeros(len(records), bool),
-            num_dead=0,
-        )
 
 
 def _own(directory: Path) -> IO[str]:

@@ -119,6 +119,10 @@ class Snapshot(Protocol):
         """
         ...
 
+    def ids(self, rows: Rows) -> NDArray[np.object_]:
+        """(n,) -> (n,) the ids, as str."""
+        ...
+
     def item(self, row: int) -> Item:
         """The item in a row that `row`, `search`, `matching` or `page` gave."""
         ...

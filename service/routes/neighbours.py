@@ -71,13 +71,11 @@ def _answer(model: str, options: NeighboursRequest, queries: Queries, as_npz: bo
 def _arrays(queries: Queries, found: Found) -> dict[str, Any]:
     present = found.rows >= 0
     width = int(present.sum(axis=1).max(initial=0))
-    ids = [
-        [queries.snapshot.item(int(row)).id if row >= 0 else "" for row in rows[:width]]
-        for rows in found.rows
-    ]
+    ids = np.full((len(found.rows), width), "", np.object_)
+    ids[present[:, :width]] = queries.snapshot.ids(found.rows[present])
     similarities = np.where(present, found.similarities, np.nan)[:, :width]
     return {
-        "ids": np.asarray(ids, dtype=np.str_).reshape(len(ids), width),
+        "ids": ids.astype(np.str_),
         "similarities": similarities.astype(np.float32),
     }
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.gallery.faiss_index import FaissSnapshot, Records, Segment
+from service.gallery.faiss_index import FaissSnapshot
+from service.gallery.records import records_of
 from service.groups import Order, propagated_groups, walk_width
 from trainer.representation.neighbours import exact_graph, exact_neighbours
 from trainer.representation.propagation import hardest_positives, propagate
@@ -16,11 +17,11 @@ Units = Callable[..., NDArray[np.float32]]
 
 def snapshot_of(vectors: NDArray[np.float32]) -> FaissSnapshot:
     count = len(vectors)
-    rows = Records(vectors, [str(n) for n in range(count)], [{}] * count, np.arange(count) + 1)
-    nothing = Records(vectors[:0], [], [], np.arange(0))
-    return FaissSnapshot(
-        count, "cpu", Segment.build(rows), Segment.build(nothing), np.zeros(count, bool), 0
+    ids = [str(n) for n in range(count)]
+    records = records_of(
+        vectors=vectors, ids=ids, metadata=[b"{}"] * count, seqs=np.arange(count) + 1
     )
+    return FaissSnapshot.of(records, count)
 
 
 @pytest.mark.parametrize(("k", "steps"), [(1, 1), (1, 6), (4, 3), (3, 4), (7, 1)])

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
-from service.gallery import logged
+from service.gallery import levels, logged
 from service.gallery.logged import LoggedGallery
 from service.gallery.protocol import (
     Applied,
@@ -272,9 +272,8 @@ def test_gallery__agrees_with_a_dict_and_brute_force(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_bundle: Callable[..., Path]
 ) -> None:
     # So small that segments are merged and compacted all the time.
-    monkeypatch.setattr(logged, "TAIL_ROWS", 3)
-    monkeypatch.setattr(logged, "TAIL_SHARE", 1)
-    monkeypatch.setattr(logged, "MAX_DEAD", 2)
+    monkeypatch.setattr(levels, "SMALL_ROWS", 2)
+    monkeypatch.setattr(levels, "MAX_DEAD", 1)
     bundle = open_bundle(make_bundle(tmp_path / "empty", images=0))
     three = {f: getattr(bundle, f) for f in ("directory", "model_id", "contract", "manifest")}
 

@@ -1,0 +1,75 @@
+"""service.gallery.levels: whatever was written and killed, the live rows are those of a dict."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.gallery import levels
+from service.gallery.faiss_index import FaissSnapshot
+from service.gallery.records import Records, records_of
+
+Units = Callable[..., NDArray[np.float32]]
+
+
+def written(ids: list[str], first_seq: int, vectors: NDArray[np.float32]) -> Records:
+    seqs = np.arange(first_seq, first_seq + len(ids))
+    return records_of(vectors=vectors, ids=ids, metadata=[b"{}"] * len(ids), seqs=seqs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_advance__agrees_with_a_dict(
+    random_units: Units, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(levels, "SMALL_ROWS", 4)
+    monkeypatch.setattr(levels, "MAX_DEAD", 3)
+    generator = np.random.default_rng(seed)
+    snapshot = FaissSnapshot.of(written([], 1, np.empty((0, 3), np.float32)), 0)
+    model: dict[str, tuple[int, NDArray[np.float32]]] = {}
+    seq = 0
+    for step in range(40):
+        ids = [f"i{n}" for n in generator.choice(60, generator.integers(0, 9), replace=False)]
+        deleted = [i for i in list(model) if i not in ids and generator.random() < 0.08]
+        vectors = random_units(len(ids), 3, 1000 * seed + step)
+        gone = [snapshot.row(i) for i in (*ids, *deleted) if i in model]
+        snapshot = levels.advance(
+            snapshot,
+            gone=np.asarray(gone, np.int64),
+            fresh=written(ids, seq + 1, vectors),
+            version=step,
+        )
+        for item_id in deleted:
+            del model[item_id]
+        for number, item_id in enumerate(ids):
+            model.pop(item_id, None)
+            model[item_id] = (seq + 1 + number, vectors[number])
+        seq += len(ids)
+
+        rows = snapshot.rows()
+        assert len(snapshot) == len(model)
+        assert snapshot.ids(rows).tolist() == list(model)
+        assert snapshot.seqs(rows).tolist() == [s for s, _ in model.values()]
+        expected = np.asarray([v for _, v in model.values()]).reshape(-1, 3)
+        np.testing.assert_array_equal(snapshot.vectors(rows), expected)
+        assert [snapshot.row(f"i{n}") is not None for n in range(60)] == [
+            f"i{n}" in model for n in range(60)
+        ]
+        sizes = [len(s) for s in snapshot.segments]
+        assert all(a >= b for a, b in itertools.pairwise(sizes))
+
+
+def test_advance__copies_a_row_seldom(random_units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "SMALL_ROWS", 8)
+    vectors = random_units(1024, 3)
+    snapshot = FaissSnapshot.of(written([], 1, vectors[:0]), 0)
+    copied = 0
+    for first in range(0, 1024, 8):
+        ids = [f"i{n}" for n in range(first, first + 8)]
+        before = set(map(id, snapshot.segments))
+        fresh = written(ids, first + 1, vectors[first : first + 8])
+        snapshot = levels.advance(snapshot, gone=np.empty(0, np.int64), fresh=fresh, version=first)
+        copied += sum(len(s) for s in snapshot.segments if id(s) not in before)
+        assert len(snapshot.segments) <= 8  # log2(1024 / 8) + 1
+    assert copied <= 1024 * 8
