@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trainer.representation.image_headers import refusal
+
 # Formats that may come from strangers. The trainer adds some for folders that are one's own.
 SERVED_FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -30,12 +32,22 @@ _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_BAND_PIXELS = 2**20  # pixels converted at a time: intermediates stay small beside the picture
+# Bytes of memory for a pixel while it is decoded. Pillow keeps RGB in 4 bytes; a mode that is not
+# RGB stands beside its conversion; libwebp holds the canvas twice, Pillow a copy and the picture.
+_RGB_BYTES, _CONVERTED_BYTES, _WEBP_BYTES = 4, 8, 18
+_COEFFICIENT_BYTES = 2 * 3  # of a progressive JPEG, all at once, at its full size
 
 Source = bytes | str | Path | BinaryIO
 
 
 class ImageRejected(ValueError):
     """A picture that cannot or may not be decoded; the message says what was found and wanted."""
+
+
+class LargeImage(ImageRejected):
+    """A picture that is fine so far, but takes more memory to decode than the caller allowed."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +91,26 @@ def prepare(
     *,
     formats: tuple[str, ...] = SERVED_FORMATS,
     max_pixels: int = MAX_PIXELS,
+    most_bytes: int | None = None,
 ) -> NDArray[np.uint8]:
     """Decode a picture and bring it to the contract: (S, S, 3) uint8 RGB, S = contract.size_px.
 
     Raises:
-        ImageRejected: not one of `formats`, more than `max_pixels`, truncated or damaged.
+        LargeImage: `most_bytes` is given and decoding would take more memory than that.
+        ImageRejected: not one of `formats`, more than `max_pixels`, truncated or damaged, or made
+            to take long (scans, frames, chunks).
         OSError: `source` is a path that cannot be opened.
     """
     least_side = None
     if contract.jpeg_draft:
         least_side = int(np.ceil(contract.size_px / contract.crop_fraction))
-    image = decode(source, formats=formats, max_pixels=max_pixels, least_side_px=least_side)
+    image = decode(
+        source,
+        formats=formats,
+        max_pixels=max_pixels,
+        least_side_px=least_side,
+        most_bytes=most_bytes,
+    )
     return fit(image, contract)
 
 
@@ -123,6 +144,7 @@ def decode(
     formats: tuple[str, ...] = SERVED_FORMATS,
     max_pixels: int = MAX_PIXELS,
     least_side_px: int | None = None,
+    most_bytes: int | None = None,
 ) -> Image.Image:
     """Decode a picture to an upright RGB image.
 
@@ -132,23 +154,25 @@ def decode(
         max_pixels: width x height allowed, read from the header before decoding.
         least_side_px: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its short
             side keeps this many pixels; None always decodes it whole.
+        most_bytes: memory that decoding may take, estimated from the header; None for any.
 
     Raises:
-        ImageRejected: not one of `formats`, more than `max_pixels`, truncated or damaged.
+        LargeImage: decoding would take more than `most_bytes`.
+        ImageRejected: not one of `formats`, more than `max_pixels`, truncated or damaged, or made
+            to take long (scans, frames, chunks).
         OSError: `source` is a path that cannot be opened.
     """
     if isinstance(source, str | Path):
         source = Path(source).read_bytes()
-    if isinstance(source, bytes):
-        if not source:
-            raise ImageRejected("the file is empty (0 bytes)")
-        source = io.BytesIO(source)
+    content = source if isinstance(source, bytes) else source.read()
+    if not content:
+        raise ImageRejected("the file is empty (0 bytes)")
     # Pillow warns of large and of odd files; the limits here are our own, and oddness that does
     # not stop the decoder does not matter.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _decode(source, formats, max_pixels, least_side_px)
+            return _decode(content, formats, max_pixels, least_side_px, most_bytes)
         except ImageRejected:
             raise
         # A decoder fed with damage raises nearly anything: OSError, SyntaxError, struct.error, ...
@@ -157,34 +181,72 @@ def decode(
 
 
 def _decode(
-    file: BinaryIO, formats: tuple[str, ...], max_pixels: int, least_side_px: int | None
+    content: bytes,
+    formats: tuple[str, ...],
+    max_pixels: int,
+    least_side_px: int | None,
+    most_bytes: int | None,
 ) -> Image.Image:
-    image: Image.Image = Image.open(file, formats=formats)
+    image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
     width, height = image.size
     if width * height > max_pixels:
         raise ImageRejected(
             f"the image has {width} x {height} = {width * height:,} pixels; at most "
             f"{max_pixels:,} are decoded: scale it down"
         )
-    if image.format == "JPEG" and least_side_px is not None:
+    kind = image.format or ""
+    reason = refusal(content, kind, pixels=width * height, max_pixels=max_pixels)
+    if reason is not None:
+        raise ImageRejected(reason)
+    if kind == "JPEG" and least_side_px is not None:
         scale = least_side_px / min(width, height)
         image.draft(None, (int(np.ceil(width * scale)), int(np.ceil(height * scale))))
+    if most_bytes is not None and (takes := _decoding_bytes(image, width * height)) > most_bytes:
+        raise LargeImage(f"decoding takes about {takes:,} bytes; {most_bytes:,} are allowed now")
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+def _decoding_bytes(image: Image.Image, whole_pixels: int) -> int:
+    """About how much memory decoding an opened picture takes at most; `whole_pixels` before any
+    draft."""
+    pixels = image.size[0] * image.size[1]
+    if image.format == "WEBP":
+        return pixels * _WEBP_BYTES
+    converted = image.mode != "RGB" or "transparency" in image.info
+    takes = pixels * (_CONVERTED_BYTES if converted else _RGB_BYTES)
+    if "progressive" in image.info:
+        takes += whole_pixels * _COEFFICIENT_BYTES
+    return takes
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ImageRejected("floating-point pixels have no fixed range: save the image with 8 bits")
+    plain = image.mode not in (*_SIXTEEN_BIT_MODES, *_ALPHA_MODES)
+    if plain and "transparency" not in image.info:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if rows >= height:
+        return _band_to_rgb(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        whole.paste(_band_to_rgb(band), (0, top))
+    return whole
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
+    """Some rows, each pixel by itself: 16-bit grey scaled, transparent parts laid on white."""
     if image.mode in _SIXTEEN_BIT_MODES:
         # convert("L") would clip at 255; 65535 / 257 = 255 exactly.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, layer).convert("RGB")
-    if image.mode == "F":
-        raise ImageRejected("floating-point pixels have no fixed range: save the image with 8 bits")
-    return image.convert("RGB")
+    layer = image.convert("RGBA")
+    ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return Image.alpha_composite(ground, layer).convert("RGB")
 
 
 def _reason(error: Exception, formats: tuple[str, ...], max_pixels: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 import sklearn.datasets
 from PIL import Image, ImageFile
 
+from trainer.representation import preprocess
 from trainer.representation.preprocess import (
     MAX_PIXELS,
     ImageRejected,
@@ -294,6 +295,25 @@ def test_decode__png_without_its_end_chunk_is_accepted() -> None:
     # All pixels are there and verified; Pillow does not ask for the last 12 bytes, nor do we.
     content = encoded(picture())
     np.testing.assert_array_equal(decoded(content[:-12]), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("mode", ["RGB+key", "RGBA", "LA", "P+key", "L+key", "I;16"])
+def test_decode__in_bands_equals_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    options: dict[str, object] = {}
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (31, 17), dtype=np.uint16))
+    else:
+        name, _, key = mode.partition("+")
+        image = Image.fromarray(rng.integers(0, 256, (31, 17, 4), dtype=np.uint8)).convert(name)
+        if key:
+            clear = {"RGB": image.getpixel((3, 3)), "L": 9, "P": bytes(range(256))}
+            options["transparency"] = clear[name]
+    content = encoded(image, "PNG", **options)
+    at_once = decoded(content)
+    monkeypatch.setattr(preprocess, "_BAND_PIXELS", 17 * 4)  # bands of 4 rows and one of 3
+    np.testing.assert_array_equal(decoded(content), at_once)
+    assert len(np.unique(at_once)) > 50
 
 
 # -- refused files -------------------------------------------------------------------------------
