@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.engine.default import DefaultDialect
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from service.gallery.oplog import OperationsLog
 from service.schemas import DeleteRequest
 from tests.faults.oracle import State, Stored, Writer, check
 from tests.faults.served import Served
@@ -74,7 +75,7 @@ def prove(folder: Path, kills: int, seed: int) -> Counter[str]:
             bundle,
             state,
             log=folder / "log",
-            prepare=partial(_arm, point, draw.randrange(1, 12)),
+            prepare=partial(_arm, point, draw.randrange(1, 16)),
         )
         try:
             if at_start:
@@ -179,8 +180,8 @@ def _arm(point: str | None, fails_at: int) -> None:
 
 
 POINTS: dict[str, Callable[[int], None]] = {
-    "before an append": _kill_in(OperationsLog, "append", before=True),
-    "after an append, before the answer": _kill_in(OperationsLog, "append", before=False),
+    "before a commit": _kill_in(DefaultDialect, "do_commit", before=True),
+    "after a commit, before the answer": _kill_in(DefaultDialect, "do_commit", before=False),
 }
 
 

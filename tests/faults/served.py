@@ -144,6 +144,7 @@ class Connection:
     """One kept-alive connection; no retries, nothing hidden."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
+        self.answers = 0  # whole ones, whatever their status
         self._http = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
 
     def ask(
@@ -163,7 +164,9 @@ class Connection:
         try:
             self._http.request(method, path, content, sent)
             response = self._http.getresponse()
-            return Answer(response.status, response.read(), dict(response.getheaders()))
+            answer = Answer(response.status, response.read(), dict(response.getheaders()))
+            self.answers += 1
+            return answer
         except BaseException:
             self.close()
             raise

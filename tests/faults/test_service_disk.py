@@ -1,0 +1,50 @@
+"""The disk under a service is full, or a file may grow no more; see the program beside this.
+
+Run: pytest tests/faults/test_service_disk.py
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def _run(*words: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("fill_disk.py")), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "0 lost, searches answered, changes taken again" in ran.stdout
+    return ran.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"mount cannot be run: {error}")
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full__file_system(small_disk: Path) -> None:
+    assert "refused with 507" in _run("--directory", str(small_disk))
+
+
+def test_full__limit_of_a_file(tmp_path: Path) -> None:
+    assert "refused with 503" in _run("--limit-bytes", "1000000")
