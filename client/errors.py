@@ -12,6 +12,8 @@
         ├── ItemNotFound          item_not_found          no item of this id
         ├── MethodNotAllowed      method_not_allowed      the route has no such method
         ├── IdempotencyConflict   idempotency_conflict    one key, two different requests
+        ├── PictureNotFound       picture_not_found       an item without a picture
+        ├── PictureDamaged        picture_damaged         a picture that is not what was stored
         ├── ModelMismatch         model_mismatch          vectors of another model
         ├── BodyTooLarge          body_too_large          more bytes than allowed
         ├── TooMany               too_many                more pictures, ids or vectors than allowed
@@ -24,6 +26,7 @@
         ├── Loading               loading                 starting
         ├── NotReady              not_ready               a check of /readyz failed
         ├── StorageFailed         storage_failed          a change could not be stored
+        ├── GalleryRetired        gallery_retired         replaced by another model's: send it again
         ├── DecoderUnavailable    decoder_unavailable     no picture can be decoded just now
         ├── DeadlineExceeded      deadline_exceeded       the service gave up in time
         └── StorageFull           storage_full            the service's disk is full
@@ -193,6 +196,14 @@ class LimitExceeded(ServiceError):
     known_code = "limit_exceeded"
 
 
+class PictureNotFound(ServiceError):
+    known_code = "picture_not_found"
+
+
+class PictureDamaged(ServiceError):
+    known_code = "picture_damaged"
+
+
 class ImageRejected(ServiceError):
     known_code = "image_rejected"
 
@@ -215,6 +226,10 @@ class NotReady(ServiceError):
 
 class StorageFailed(ServiceError):
     known_code = "storage_failed"
+
+
+class GalleryRetired(ServiceError):
+    known_code = "gallery_retired"
 
 
 class DecoderUnavailable(ServiceError):

@@ -117,6 +117,16 @@ class Metrics:
         self.gallery_version = Gauge(
             "invprop_gallery_version", "Sequence number of the last change", registry=registry
         )
+        self.gallery_staleness = Gauge(
+            "invprop_gallery_staleness_seconds",
+            "Since the gallery was last seen to hold every change of its log",
+            registry=registry,
+        )
+        self.gallery_lag = Gauge(
+            "invprop_gallery_lag_operations",
+            "Changes of the log, when last looked at, that the gallery does not hold yet",
+            registry=registry,
+        )
         self.build_info = Gauge(
             "invprop_build_info",
             "1, with what is running as labels",

@@ -19,15 +19,18 @@ import structlog
 from service.batching import BoundedThreads, QueueFull
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError, OnnxEmbedder
-from service.errors import RETRY_AFTER_S, Problem, queue_full
+from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.gallery.logged import LoggedGallery
 from service.gallery.protocol import (
     Applied,
     Change,
     Gallery,
     GalleryError,
+    GalleryRetired,
     IdempotencyConflict,
+    Snapshot,
     StorageError,
+    TooManyMatches,
 )
 from service.images import ImagePath
 from service.keys import ApiKeys
@@ -103,6 +106,8 @@ class Runtime:
         self.keys.refresh()
         if self.keys.failure is not None:
             checks["keys"] = "the API keys cannot be read; the log says why"
+        if self._gallery is not None and (trouble := self._gallery.trouble()) is not None:
+            checks["gallery"] = trouble
         if self.draining:
             checks["accepting"] = "the service is stopping"
         return checks
@@ -153,14 +158,13 @@ class Runtime:
         """Change the gallery; when it returns, the change is on disk.
 
         Raises:
-            Problem: queue_full, storage_full, storage_failed, idempotency_conflict.
+            Problem: queue_full, storage_full, storage_failed, gallery_retired,
+                idempotency_conflict, too_many.
         """
         async with self.stored():
             future = self.gallery.apply(change)
             # Shielded: a client that goes away must not leave a change half known.
-            applied = await asyncio.shield(asyncio.wrap_future(future))
-        self._report_gallery()
-        return applied
+            return await asyncio.shield(asyncio.wrap_future(future))
 
     @contextlib.asynccontextmanager
     async def stored(self) -> AsyncIterator[None]:
@@ -169,20 +173,41 @@ class Runtime:
             yield
         except queue.Full:
             raise queue_full("changes", self.settings.max_pending, "max_pending") from None
+        except TooManyMatches as error:
+            most = self.settings.max_rows
+            raise over_limit("too_many", "items found", error.count, "max_rows", most) from None
         except IdempotencyConflict:
             raise Problem(
                 "idempotency_conflict",
                 "this Idempotency-Key was used for a request with another content; use a new key "
                 "for a new request",
             ) from None
-        except StorageError as error:
-            code = "storage_full" if error.full else "storage_failed"
+        except GalleryRetired as error:
             raise Problem(
-                code,
-                f"{error}. Nothing was changed, searches go on; free space on the disk of the "
-                "state directory and send the request again",
+                "gallery_retired",
+                f"{error}. Nothing was changed; send the request again: once this service runs "
+                "the other bundle, it is answered for that model",
                 retry_after_s=5,
             ) from None
+        except StorageError as error:
+            code = "storage_full" if error.full else "storage_failed"
+            cure = "free space on its disk" if error.full else "mend what is named"
+            raise Problem(
+                code,
+                f"{error}. Nothing is acknowledged, searches go on; {cure} and send the request "
+                "again",
+                retry_after_s=5,
+            ) from None
+
+    def database(self) -> dict[str, Any]:
+        """What /info says of where the gallery is kept; nothing of a gallery that was given."""
+        if not isinstance(self._gallery, LoggedGallery):
+            return {}
+        return {
+            "database": self._gallery.database.version,
+            "read_only": self._gallery.is_retired,
+            "staleness_s": round(self._gallery.staleness_s(), 3),
+        }
 
     async def _load(self) -> None:
         try:
@@ -226,12 +251,19 @@ class Runtime:
                 lambda bundle: LoggedGallery(
                     settings.state,
                     bundle,
+                    url=settings.database_url(),
+                    follow_interval_s=settings.follow_interval_s,
+                    max_staleness_s=settings.max_staleness_s,
                     max_pending=settings.max_pending,
                     idempotency_ttl_s=settings.idempotency_ttl_s,
                 ),
                 self.bundle,
             )
-        self._report_gallery()
+        if isinstance(self._gallery, LoggedGallery):
+            self.metrics.gallery_staleness.set_function(self._gallery.staleness_s)
+            self.metrics.gallery_lag.set_function(self._gallery.lag)
+        self._gallery.on_change(self._report_snapshot)
+        self._report_snapshot(self._gallery.snapshot())
         self.metrics.build_info.labels(
             importlib.metadata.version("invprop"),
             embedder.model_id,
@@ -239,9 +271,7 @@ class Runtime:
             embedder.precision,
         ).set(1)
 
-    def _report_gallery(self) -> None:
-        assert self._gallery is not None
-        snapshot = self._gallery.snapshot()
+    def _report_snapshot(self, snapshot: Snapshot) -> None:
         self.metrics.index_vectors.set(len(snapshot))
         self.metrics.gallery_version.set(snapshot.version)
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from trainer.representation.preprocess import MAX_PIXELS
@@ -25,6 +25,12 @@ class Settings(BaseSettings):
     bundle: Path = Field(description="Directory of the exported bundle; only read.")
     state: Path = Field(
         description="Directory of the gallery's operations log; made if missing, one owner."
+    )
+    database: SecretStr | None = Field(
+        default=None,
+        description="`postgresql://USER:PASSWORD@HOST:PORT/NAME` holds the log in place of a "
+        "file in `state`; several services may share it. Better in the environment: a command "
+        "line is seen by others.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
@@ -130,6 +136,17 @@ class Settings(BaseSettings):
     idempotency_ttl_s: float = Field(
         default=86_400.0, gt=0, description="How long an Idempotency-Key and its answer are kept."
     )
+    follow_interval_s: float = Field(
+        default=0.2,
+        gt=0,
+        le=60,
+        description="How often the changes of other services on one `database` are taken over.",
+    )
+    max_staleness_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="/readyz fails when the gallery was last in step with `database` longer ago.",
+    )
     drain_delay_s: float = Field(
         default=0.0,
         ge=0,
@@ -148,6 +165,10 @@ class Settings(BaseSettings):
                 "such a request could never be accepted"
             )
         return self
+
+    def database_url(self) -> str | None:
+        """The URL with its password; for the database alone."""
+        return None if self.database is None else self.database.get_secret_value()
 
     def resolved_inference_threads(self) -> int:
         """The number behind `inference_threads` on this machine."""

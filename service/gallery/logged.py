@@ -1,12 +1,11 @@
-"""The gallery of one machine: an operations log on disk and a faiss snapshot in memory.
+"""The gallery: an operations log in a database and a faiss snapshot in memory.
 
-In: changes from many requests. Out: snapshots. One writer thread owns the log: it takes what is
-waiting, writes it in one transaction (fully synchronised), makes the next snapshot, swaps it in by
-reference, and only then answers. Readers take the reference and never wait.
+In: changes from many requests, and what other processes write to the same log. Out: snapshots. One
+writer thread owns the log: it takes what is waiting, writes it in one transaction (fully
+synchronised), makes the next snapshot, swaps it in by reference, and only then answers. When
+nothing waits it looks what others have written. Readers take the reference and never wait.
 """
 
-import fcntl
-import os
 import queue
 import threading
 import time
@@ -14,32 +13,37 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import faiss
 import numpy as np
 import orjson
 import structlog
 
-from service.gallery.changes import Plan, columns, import_gallery, replay
+from service.gallery.changes import Plan, columns, imported, replay
+from service.gallery.database import Database
 from service.gallery.faiss_index import FaissSnapshot
 from service.gallery.levels import advance
-from service.gallery.oplog import OperationsLog, Remembered
+from service.gallery.oplog import OperationsLog, Writing, open_active
 from service.gallery.protocol import (
     Applied,
     Change,
     GalleryError,
     Idempotency,
     IdempotencyConflict,
+    PictureKind,
     Snapshot,
     StorageError,
+    TooManyMatches,
 )
+from service.gallery.rows import Operation, Remembered
 from trainer.representation.bundle import Bundle
 
-LOCK_NAME = "lock"
 # Requests written in one transaction: one synchronisation (about 7 ms) is shared by so many.
 GROUP_REQUESTS = 64
+_DAMAGE_NOTE = "restart the service when the log is mended"
 
+_Waiting = tuple[Change, "Future[Applied]"]
 _log = structlog.get_logger("service.gallery")
 
 
@@ -47,10 +51,15 @@ class LoggedGallery:
     """A gallery whose acknowledged changes survive the process.
 
     Args:
-        directory: the state directory; made when missing; locked for this process.
-        bundle: whose vectors these are; its gallery is imported into an empty state.
+        state: the state directory, made when missing, locked for this process; or a database that
+            is open already and stays so.
+        bundle: whose vectors these are; its gallery is imported into an empty database.
+        url: of a database that holds the log in place of a file of the directory.
+        log: a log of that database other than the active gallery's.
         max_pending: changes that may wait.
         idempotency_ttl_s: how long a key is remembered.
+        follow_interval_s: how often a database that others write to is looked at.
+        max_staleness_s: after so long without having seen it there is trouble.
         clock: seconds since 1970.
 
     Raises:
@@ -59,54 +68,104 @@ class LoggedGallery:
 
     def __init__(
         self,
-        directory: Path,
+        state: Path | Database,
         bundle: Bundle,
         *,
+        url: str | None = None,
+        log: OperationsLog | None = None,
         max_pending: int = 256,
         idempotency_ttl_s: float = 86_400.0,
+        follow_interval_s: float = 0.2,
+        max_staleness_s: float = 10.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.model_id = bundle.model_id
         self._bundle = bundle
         self._clock = clock
         self._ttl_s = idempotency_ttl_s
+        self._follow_interval_s = follow_interval_s
+        self._max_staleness_s = max_staleness_s
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._remembered: dict[str, Remembered] = {}
-        self._queue: queue.Queue[tuple[Change, Future[Applied]] | None] = queue.Queue(max_pending)
+        self._queue: queue.Queue[_Waiting | None] = queue.Queue(max_pending)
         self._failure: Exception | None = None
+        self._unreachable: str | None = None  # why the database is, while it is
+        self._in_step_at = time.monotonic()
         self._gpu = faiss.StandardGpuResources() if faiss.get_num_gpus() > 0 else None
-        self._lock = _own(directory)
+        self._owns_database = not isinstance(state, Database)
+        self.database = state if isinstance(state, Database) else Database(state, url)
         opened: Future[FaissSnapshot] = Future()
         self._writer = threading.Thread(
-            target=self._write, args=(directory, opened), name="gallery-writer", daemon=True
+            target=self._write, args=(log, opened), name="gallery-writer", daemon=True
         )
         self._writer.start()
         try:
             self._snapshot = opened.result()
-        except GalleryError:
-            self._lock.close()
+        except BaseException:
+            self._release()
             raise
 
     def snapshot(self) -> FaissSnapshot:
         """The newest acknowledged state."""
         return self._snapshot
 
+    @property
+    def log_id(self) -> str:
+        """Names the log; see OperationsLog."""
+        return self._log.log_id
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether another gallery has taken this one's place."""
+        return self._log.gallery.state == "retired"
+
     def recall(self, idempotency: Idempotency) -> Applied | None:
-        """What the request of this key did, None when the key is new; see protocol.Gallery."""
+        """What the request of this key did, None when the key is new; see protocol.Gallery.
+
+        What another process has answered is found when the change is written.
+        """
         kept = self._remembered.get(idempotency.key)
         if kept is None or kept.created_at < self._clock() - self._ttl_s:
             return None
-        if kept.digest != idempotency.digest:
-            raise IdempotencyConflict(idempotency.key)
-        answer: dict[str, Any] = orjson.loads(kept.answer)
-        missing, rejected = tuple(answer.pop("missing")), tuple(answer.pop("rejected"))
-        return Applied(**answer, missing=missing, rejected=rejected)
+        return _recalled(kept, idempotency)
 
     def apply(self, change: Change) -> "Future[Applied]":
         """Queue a change; see protocol.Gallery."""
         future: Future[Applied] = Future()
         self._queue.put_nowait((change, future))
         return future
+
+    def picture(self, item_id: str, kind: PictureKind) -> bytes | None:
+        """A picture of an item; see protocol.Gallery."""
+        seq = self._seq_of(item_id)
+        while seq is not None:
+            content = self._log.picture(seq, kind)
+            newest = self._seq_of(item_id)
+            if content is not None or newest == seq:
+                return content
+            seq = newest  # it was replaced between the two looks
+        return None
+
+    def staleness_s(self) -> float:
+        """How long ago the snapshot was last seen to be the newest state of the log."""
+        return time.monotonic() - self._in_step_at if self.database.is_shared else 0.0
+
+    def lag(self) -> int:
+        """Operations of the log, when it was last looked at, that are not in the snapshot."""
+        return max(0, self._log.last_seq - self._snapshot.version)
+
+    def trouble(self) -> str | None:
+        """What keeps the gallery from being used as it should be; see protocol.Gallery."""
+        if self._failure is not None:
+            return f"failed: {self._failure}"
+        if self._unreachable is not None:
+            return f"searches go on, changes are refused: {self._unreachable}"
+        if (stale_s := self.staleness_s()) > self._max_staleness_s:
+            return (
+                f"{stale_s:.1f} s behind the database, at most {self._max_staleness_s:g} "
+                "(max_staleness_s) are allowed"
+            )
+        return None
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """Call `listener` with every new snapshot; see protocol.Gallery."""
@@ -116,15 +175,29 @@ class LoggedGallery:
         """Finish what is queued and release the log and the lock."""
         self._queue.put(None)
         self._writer.join()
-        self._lock.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._owns_database:
+            self.database.close()
+
+    def _seq_of(self, item_id: str) -> int | None:
+        snapshot = self._snapshot
+        row = snapshot.row(item_id)
+        return None if row is None else int(snapshot.seqs(np.asarray([row]))[0])
 
     # What follows runs in the writer thread.
 
-    def _write(self, directory: Path, opened: "Future[FaissSnapshot]") -> None:
+    def _write(self, log: OperationsLog | None, opened: "Future[FaissSnapshot]") -> None:
         try:
-            log = OperationsLog(directory, model_id=self.model_id, dim=self._bundle.embedding_dim)
-            first = self._load(log)
-        except (GalleryError, StorageError) as error:
+            self._log = log or open_active(
+                self.database,
+                model_id=self.model_id,
+                dim=self._bundle.embedding_dim,
+                first=lambda: imported(self._bundle.gallery()),
+            )
+            first = self._load(self._log)
+        except StorageError as error:
             opened.set_exception(GalleryError(str(error)))
             return
         except Exception as error:  # noqa: BLE001 - the thread's door: whoever opens gets it
@@ -132,30 +205,34 @@ class LoggedGallery:
             return
         self._snapshot = first
         opened.set_result(first)
-        try:
-            while (group := self._next_group()) is not None:
-                self._commit(log, group)
-        finally:
-            log.close()
+        while (group := self._next_group()) is not None:
+            if group:
+                self._commit(group)
+            else:
+                self._follow()
 
     def _load(self, log: OperationsLog) -> FaissSnapshot:
         started = time.perf_counter()
-        dim = self._bundle.embedding_dim
-        if log.is_new:
-            records = import_gallery(log, self._bundle.gallery())
-        else:
-            self._remembered = {entry.key: entry for entry in log.remembered()}
-            records = replay(log, dim)
+        log.check_end()
+        self._remembered = {entry.key: entry for entry in log.remembered()}
+        records = replay(log.replay(), self._bundle.embedding_dim)
         _log.info(
             "gallery_loaded",
             items=len(records),
             gallery_version=log.last_seq,
+            database=self.database.version,
             duration_s=round(time.perf_counter() - started, 3),
         )
         return FaissSnapshot.of(records, log.last_seq, gpu=self._gpu)
 
-    def _next_group(self) -> list[tuple[Change, "Future[Applied]"]] | None:
-        first = self._queue.get()
+    def _next_group(self) -> list[_Waiting] | None:
+        """The next changes; none of them when it is time to look what others wrote; None: end."""
+        try:
+            first = self._queue.get(
+                timeout=self._follow_interval_s if self.database.is_shared else None
+            )
+        except queue.Empty:
+            return []
         if first is None:
             return None
         group = [first]
@@ -170,15 +247,17 @@ class LoggedGallery:
             group.append(entry)
         return [entry for entry in group if entry[1].set_running_or_notify_cancel()]
 
-    def _commit(self, log: OperationsLog, group: list[tuple[Change, "Future[Applied]"]]) -> None:
+    def _commit(self, group: list[_Waiting]) -> None:
+        outcomes: list[Applied | Exception]
         try:
             if self._failure is not None:
                 raise StorageError(
-                    "an earlier change failed half-way in memory; restart the service "
+                    f"an earlier failure stands in the way; {_DAMAGE_NOTE} "
                     f"(cause: {self._failure})",
                     full=False,
                 )
-            outcomes = self._apply_all(log, [change for change, _ in group])
+            outcomes = self._apply_all([change for change, _ in group])
+            self._unreachable = None
         except StorageError as error:
             outcomes = [error] * len(group)
         except Exception as error:  # noqa: BLE001 - handed to every waiting request
@@ -190,74 +269,115 @@ class LoggedGallery:
             else:
                 future.set_exception(outcome)
 
-    def _apply_all(
-        self, log: OperationsLog, changes: Sequence[Change]
-    ) -> list[Applied | Exception]:
+    def _apply_all(self, changes: Sequence[Change]) -> list[Applied | Exception]:
         """Work out what each change does, write all of it, make the next snapshot."""
-        snapshot = self._snapshot
-        planned = Plan(snapshot, log.last_seq)
         outcomes: list[Applied | Exception] = []
         fresh: dict[str, Remembered] = {}
-        for change in changes:
-            key = change.idempotency
-            try:
-                done = self.recall(key) if key else None
-            except IdempotencyConflict as conflict:
-                outcomes.append(conflict)
-                continue
-            if done is None:
-                done = planned.add(change)
-                if key:
-                    entry = Remembered(
-                        key.key, key.digest, orjson.dumps(asdict(done)), self._clock()
-                    )
-                    # Known at once, so that its repetition within this group is answered alike.
-                    fresh[key.key] = self._remembered[key.key] = entry
-            outcomes.append(done)
         horizon = self._clock() - self._ttl_s
-        if planned.operations or fresh:
-            try:
-                log.append(planned.operations, remember=list(fresh.values()), forget_before=horizon)
-            except StorageError:
-                for key_text in fresh:
-                    del self._remembered[key_text]
-                raise
-            self._remembered = {
-                k: entry for k, entry in self._remembered.items() if entry.created_at >= horizon
-            }
-        if planned.operations:
-            self._snapshot = advance(
-                snapshot,
-                gone=np.asarray(sorted(planned.gone), np.int64),
-                fresh=columns(list(planned.upserts.values()), self._bundle.embedding_dim),
-                version=log.last_seq,
-            )
-            for listener in self._listeners:
-                listener(self._snapshot)
+        with self._log.writing() as transaction:
+            base = self._advanced(transaction.operations(self._snapshot.version))
+            self._recall_from(transaction, changes)
+            plans = [Plan(base, transaction.gallery.last_seq)]
+            for change in changes:
+                if change.delete_matching is not None and plans[-1].operations:
+                    # A filter looks at a snapshot: at one with the changes before it.
+                    base = self._advance(base, plans[-1])
+                    plans.append(Plan(base, plans[-1].last_seq))
+                outcomes.append(self._plan(change, plans[-1], fresh))
+            operations = [o for plan in plans for o in plan.operations]
+            if operations or fresh:
+                transaction.append(
+                    operations,
+                    pictures={k: v for plan in plans for k, v in plan.pictures.items()},
+                    gone=[seq for plan in plans for seq in plan.gone_seqs()],
+                    remember=list(fresh.values()),
+                    forget_before=horizon,
+                )
+        # On disk. What follows is in memory only.
+        self._remembered = {
+            key: entry
+            for key, entry in {**self._remembered, **fresh}.items()
+            if entry.created_at >= horizon
+        }
+        self._publish(self._advance(base, plans[-1]) if plans[-1].operations else base)
         return outcomes
 
+    def _plan(
+        self, change: Change, plan: Plan, fresh: dict[str, Remembered]
+    ) -> Applied | Exception:
+        key = change.idempotency
+        try:
+            if key is None:
+                return plan.add(change)
+            if key.key in fresh:  # repeated within this group
+                return _recalled(fresh[key.key], key)
+            done = self.recall(key)
+            if done is None:
+                done = plan.add(change)
+                answer = orjson.dumps(asdict(done))
+                fresh[key.key] = Remembered(key.key, key.digest, answer, self._clock())
+            return done
+        except (IdempotencyConflict, TooManyMatches) as refusal:
+            return refusal
 
-def _own(directory: Path) -> IO[str]:
-    """Take the state directory for this process, or say who has it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / LOCK_NAME).open("a+")
-    except OSError as error:
-        raise GalleryError(
-            f"the state directory {directory} cannot be used: {error.strerror}; give --state a "
-            "directory that can be written"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise GalleryError(
-            f"the state directory {directory} is in use by process {owner}: one service owns a "
-            "state. Stop that one, or give --state another directory"
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+    def _recall_from(self, transaction: Writing, changes: Sequence[Change]) -> None:
+        """Learn what other processes answered under the keys of these changes."""
+        if self.database.is_shared:
+            keys = [c.idempotency.key for c in changes if c.idempotency is not None]
+            self._remembered.update((e.key, e) for e in transaction.answers(keys))
+
+    def _follow(self) -> None:
+        """Take over what others have written."""
+        if self._failure is not None:
+            return
+        try:
+            seen_at = time.monotonic()
+            self._log.refresh()
+            self._publish(self._advanced(list(self._log.replay(self._snapshot.version))))
+            self._in_step_at = seen_at
+            self._unreachable = None
+        except StorageError as error:
+            if self._unreachable is None:
+                _log.warning("database_unreachable", cause=str(error))
+            self._unreachable = str(error)
+        except Exception as error:  # noqa: BLE001 - named by `trouble`; searches go on
+            _log.error("gallery_failed", exc_info=error)
+            self._failure = error
+
+    def _advanced(self, operations: Sequence[tuple[int, Operation]]) -> FaissSnapshot:
+        """The snapshot after operations that others have written."""
+        snapshot = self._snapshot
+        if not operations:
+            return snapshot
+        plan = Plan(snapshot, snapshot.version)
+        for seq, operation in operations:
+            plan.follow(seq, operation)
+        return self._advance(snapshot, plan)
+
+    def _publish(self, snapshot: FaissSnapshot) -> None:
+        if snapshot is not self._snapshot:
+            self._snapshot = snapshot
+            for listener in self._listeners:
+                listener(snapshot)
+
+    def _advance(self, old: FaissSnapshot, plan: Plan) -> FaissSnapshot:
+        """The snapshot after the plan."""
+        return advance(
+            old,
+            gone=np.asarray(sorted(plan.gone), np.int64),
+            fresh=columns(list(plan.upserts.values()), self._bundle.embedding_dim),
+            version=plan.last_seq,
+        )
+
+
+def _recalled(kept: Remembered, asked: Idempotency) -> Applied:
+    """The answer of a request.
+
+    Raises:
+        IdempotencyConflict: the key stands for another request.
+    """
+    if kept.digest != asked.digest:
+        raise IdempotencyConflict(asked.key)
+    answer: dict[str, Any] = orjson.loads(kept.answer)
+    missing, rejected = tuple(answer.pop("missing")), tuple(answer.pop("rejected"))
+    return Applied(**answer, missing=missing, rejected=rejected)

@@ -1,158 +1,98 @@
-"""The operations log: every change of the gallery in the order in which it was made. It is the
+"""The operations log: every change of one gallery in the order in which it was made. It is the
 truth; everything else can be rebuilt from it.
 
-In: operations in groups, one transaction each. Out: the same operations in order, each compared
-with its checksum. SQLite with a rollback journal: `synchronous=EXTRA` also synchronises the
-directory when the journal goes, so that a power cut cannot bring it back and undo a commit; the
-write-ahead log is not used because SQLite before 3.51.3 can lose commits with it.
+In: operations in groups, one transaction each, with the answers and pictures that belong to them.
+Out: the same operations in order, each compared with its checksum. Whoever writes sees in the same
+transaction what other processes wrote before.
 """
 
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import orjson
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
-from service.gallery.protocol import GalleryError, StorageError
-
-SCHEMA = "invprop.gallery/1"
-FILE_NAME = "operations.sqlite3"
-_READ_AHEAD_ROWS = 4096
-
-_metadata = sa.MetaData()
-_header = sa.Table(
-    "header",
-    _metadata,
-    sa.Column("schema", sa.Text, primary_key=True),
-    sa.Column("model_id", sa.Text, nullable=False),
-    sa.Column("dim", sa.Integer, nullable=False),
-    sa.Column("last_seq", sa.Integer, nullable=False),
+from service.gallery.database import Database
+from service.gallery.pictures import hold, read_picture, release
+from service.gallery.protocol import GalleryError, GalleryRetired, PictureKind
+from service.gallery.rows import (
+    GalleryRow,
+    Operation,
+    Remembered,
+    active_of,
+    add_gallery,
+    damaged,
+    forget_answers,
+    galleries_of,
+    insert_answers,
+    insert_operations,
+    read_answers,
+    read_operations,
 )
-_operations = sa.Table(
-    "operations",
-    _metadata,
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("model_id", sa.Text, nullable=False),
-    sa.Column("vector", sa.LargeBinary),  # little-endian float32, NULL for a delete
-    sa.Column("metadata", sa.LargeBinary),  # JSON, NULL for a delete
-    sa.Column("crc32", sa.Integer, nullable=False),
-)
-_idempotency = sa.Table(
-    "idempotency",
-    _metadata,
-    sa.Column("key", sa.Text, primary_key=True),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("answer", sa.LargeBinary, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),  # seconds since 1970
-    sa.Column("crc32", sa.Integer, nullable=False),
-)
+from service.gallery.tables import operations
 
+__all__ = ["Operation", "OperationsLog", "Remembered", "Writing", "open_active"]
 
-class Operation(NamedTuple):
-    """One change of one item."""
-
-    kind: Literal["upsert", "delete"]
-    id: str
-    vector: bytes | None = None  # D little-endian float32, None for a delete
-    metadata: bytes | None = None  # JSON, None for a delete
-
-
-class Remembered(NamedTuple):
-    """A request that was answered under an Idempotency-Key."""
-
-    key: str
-    digest: str
-    answer: bytes
-    created_at: float
+_READ_ROWS = 4096  # read at a time; SQLite's writer waits for that long at most
 
 
 class OperationsLog:
-    """One log in one file, owned by one process and used by one thread.
+    """The log of one gallery of a database.
 
     Args:
-        directory: the state directory; the file is made there when it is missing.
-        model_id, dim: whose vectors the log holds; another model's log is refused.
-
-    Raises:
-        GalleryError: the file is no log of this model, or cannot be read.
+        database: where it is.
+        gallery: which of its galleries, as it was read.
     """
 
-    def __init__(self, directory: Path, *, model_id: str, dim: int) -> None:
-        self.path = directory / FILE_NAME
-        self._model_id = model_id
-        self._dim = dim
-        self._engine = sa.create_engine(f"sqlite:///{self.path}", poolclass=sa.pool.NullPool)
-        try:
-            self._connection = self._engine.connect()
-            for pragma in ("journal_mode=DELETE", "synchronous=EXTRA"):
-                self._connection.exec_driver_sql(f"PRAGMA {pragma}")
-            self._connection.rollback()
-            with self._connection.begin():
-                _metadata.create_all(self._connection)
-            self.last_seq, self.is_new = self._open_header()
-        except sa.exc.DBAPIError as error:
-            raise GalleryError(f"{self.path} cannot be opened as a log: {error.orig}") from error
+    def __init__(self, database: Database, gallery: GalleryRow) -> None:
+        self.database = database
+        self.gallery = gallery
 
-    def _open_header(self) -> tuple[int, bool]:
-        with self._connection.begin():
-            rows = self._connection.execute(sa.select(_header)).all()
-            if not rows:
-                if self._connection.execute(sa.select(_operations.c.seq).limit(1)).first():
-                    raise GalleryError(
-                        f"{self.path} has operations but no row in table header: it is damaged; "
-                        "restore it from a copy"
-                    )
-                # Complete only with the first commit of `append`: a start that is cut short before
-                # it imported the bundle's gallery starts over.
-                return 0, True
-        row = rows[0]
-        if len(rows) != 1 or row.schema != SCHEMA:
-            raise GalleryError(f"{self.path} has schema {row.schema!r}, wanted {SCHEMA!r}")
-        if row.model_id != self._model_id or row.dim != self._dim:
-            raise GalleryError(
-                f"{self.path} holds vectors of model {row.model_id[:16]}... (dim {row.dim}), but "
-                f"the bundle is model {self._model_id[:16]}... (dim {self._dim}): vectors of two "
-                "models cannot be compared. Start with the bundle that belongs to this state, or "
-                "give --state an empty directory and add the images again"
-            )
-        return int(row.last_seq), False
+    @property
+    def log_id(self) -> str:
+        """Random, other than that of any other log: names what was made from this one."""
+        return self.gallery.log_id
 
-    def replay(self) -> Iterator[tuple[int, Operation]]:
-        """Yield (seq, operation) from the first to the last, each compared with its checksum.
+    @property
+    def last_seq(self) -> int:
+        """The last sequence number when the log was last read or written here."""
+        return self.gallery.last_seq
+
+    def replay(self, after: int = 0) -> Iterator[tuple[int, Operation]]:
+        """Yield (seq, operation) behind `after` up to `last_seq`, each verified.
 
         Raises:
             GalleryError: an operation is damaged or missing; names table and seq.
+            StorageError: the database is gone.
         """
-        expected = 1
-        statement = sa.select(_operations).order_by(_operations.c.seq)
-        try:
-            with self._connection.begin():
-                result = self._connection.execute(
-                    statement, execution_options={"yield_per": _READ_AHEAD_ROWS}
-                )
-                for seq, kind, item_id, model_id, vector, metadata, crc32 in result:
-                    if seq != expected:
-                        raise self._damage(expected, f"it is missing, {seq} comes next")
-                    operation = Operation(kind, item_id, vector, metadata)
-                    if crc32 != _checksum(seq, operation, model_id):
-                        raise self._damage(seq, "it does not match its checksum")
-                    if model_id != self._model_id:
-                        raise self._damage(seq, f"it belongs to model {model_id!r}")
-                    if kind == "upsert" and len(vector) != 4 * self._dim:
-                        raise self._damage(seq, f"its vector has {len(vector)} bytes")
-                    yield seq, operation
-                    expected += 1
-        except sa.exc.DBAPIError as error:
-            raise self._damage(expected, str(error.orig)) from error
-        except (TypeError, AttributeError, UnicodeError) as error:  # a column of another type
-            raise self._damage(expected, str(error)) from error
-        if expected - 1 != self.last_seq:
-            raise self._damage(expected, f"the header counts {self.last_seq} operations")
+        last = self.last_seq
+        while after < last:
+            limit = min(_READ_ROWS, last - after)
+            with self.database.reading() as connection:
+                part = list(read_operations(connection, self.gallery, after=after, limit=limit))
+            yield from part
+            if len(part) < limit:
+                raise self.miscounted(part[-1][0] if part else after)
+            after = part[-1][0]
+
+    def check_end(self) -> None:
+        """Compare the gallery's row with the last operation that there is.
+
+        Raises:
+            GalleryError: operations are missing at the end, or there are more than were counted.
+        """
+        with self.database.reading() as connection:
+            row = self._row(connection)
+            mine = operations.c.gallery == row.id
+            last = connection.scalar(sa.select(sa.func.max(operations.c.seq)).where(mine)) or 0
+        if last != row.last_seq:
+            raise self.miscounted(last, row.last_seq)
+
+    def refresh(self) -> GalleryRow:
+        """Read the gallery's row again."""
+        with self.database.reading() as connection:
+            self.gallery = self._row(connection)
+        return self.gallery
 
     def remembered(self) -> list[Remembered]:
         """Every answer kept under an Idempotency-Key.
@@ -160,101 +100,118 @@ class OperationsLog:
         Raises:
             GalleryError: one is damaged.
         """
-        try:
-            with self._connection.begin():
-                rows = self._connection.execute(sa.select(_idempotency)).all()
-        except sa.exc.DBAPIError as error:
-            raise GalleryError(f"{self.path}, table idempotency: {error.orig}") from error
-        kept = []
-        for *fields, crc32 in rows:
-            entry = Remembered(*fields)
-            if crc32 != _answer_checksum(entry):
-                raise GalleryError(
-                    f"{self.path}, table idempotency, key {entry.key!r}: it does not match its "
-                    "checksum; delete that row to go on without it"
+        with self.database.reading() as connection:
+            return read_answers(connection, self.gallery)
+
+    def picture(self, seq: int, kind: PictureKind) -> bytes | None:
+        """The picture of the item that an operation wrote; None when it has none, or went since.
+
+        Raises:
+            GalleryError: it is damaged or missing.
+        """
+        with self.database.reading() as connection:
+            return read_picture(connection, self.gallery, seq, kind)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator["Writing"]:
+        """Begin a transaction beside which nobody else writes; on disk when the block has ended.
+
+        Raises:
+            StorageError: the disk is full or failed, the database is gone: nothing is changed.
+            GalleryRetired: another gallery has taken this one's place.
+            GalleryError: the gallery's row is damaged or gone.
+        """
+        with self.database.writing() as connection:
+            row = self._row(connection)
+            if row.state == "retired":
+                self.gallery = row
+                raise GalleryRetired(
+                    f"the gallery of model {row.model_id[:16]}... was replaced by one of another "
+                    "model and takes no more changes"
                 )
-            kept.append(entry)
-        return kept
+            transaction = Writing(connection, row)
+            yield transaction
+        self.gallery = transaction.gallery
+
+    def miscounted(self, found: int, counted: int | None = None) -> GalleryError:
+        """The error of a log whose last operations are not those that its row counts."""
+        counted = self.last_seq if counted is None else counted
+        return damaged(
+            self.gallery, min(found, counted) + 1, f"the gallery's row counts {counted} operations"
+        )
+
+    def _row(self, connection: Connection) -> GalleryRow:
+        for row in galleries_of(connection):
+            if row.log_id == self.log_id:
+                return row
+        raise GalleryError(f"{self.database.name} no longer holds log {self.log_id}")
+
+
+class Writing:
+    """What can be read and written within one transaction of a log."""
+
+    def __init__(self, connection: Connection, gallery: GalleryRow) -> None:
+        self.connection = connection
+        self.gallery = gallery
+
+    def operations(self, after: int) -> list[tuple[int, Operation]]:
+        """Everything behind `after`: what others have written."""
+        count = self.gallery.last_seq - after
+        if count <= 0:
+            return []
+        return list(read_operations(self.connection, self.gallery, after=after, limit=count))
+
+    def answers(self, keys: Sequence[str]) -> list[Remembered]:
+        """What is kept under these keys."""
+        return read_answers(self.connection, self.gallery, keys) if keys else []
 
     def append(
         self,
-        operations: Sequence[Operation],
+        appended: Iterable[Operation],
         *,
-        remember: Iterable[Remembered] = (),
+        pictures: Mapping[bytes, bytes] | None = None,
+        gone: Sequence[int] = (),
+        remember: Sequence[Remembered] = (),
         forget_before: float = 0.0,
     ) -> int:
-        """Write operations and answers in one transaction; return the last sequence number.
+        """Write operations and what belongs to them; returns the last sequence number.
 
-        When it returns, everything is on disk. On an error nothing is changed.
-
-        Raises:
-            StorageError: the disk is full or failed.
+        Args:
+            appended: the operations, in order.
+            pictures: SHA-256 -> content, those that the operations name.
+            gone: sequence numbers of the operations whose items are replaced or deleted by these.
+            remember: answers to keep.
+            forget_before: seconds since 1970; older answers are removed.
         """
-        first = self.last_seq + 1
-        rows = [
-            {
-                "seq": seq,
-                **operation._asdict(),
-                "model_id": self._model_id,
-                "crc32": _checksum(seq, operation, self._model_id),
-            }
-            for seq, operation in enumerate(operations, first)
-        ]
-        answers = [{**a._asdict(), "crc32": _answer_checksum(a)} for a in remember]
-        last_seq = self.last_seq + len(rows)
-        try:
-            with self._connection.begin():
-                if rows:
-                    self._connection.execute(sa.insert(_operations), rows)
-                self._connection.execute(
-                    sa.delete(_idempotency).where(_idempotency.c.created_at < forget_before)
-                )
-                if answers:
-                    self._connection.execute(sa.insert(_idempotency), answers)
-                if self.is_new:
-                    self._connection.execute(
-                        sa.insert(_header),
-                        {
-                            "schema": SCHEMA,
-                            "model_id": self._model_id,
-                            "dim": self._dim,
-                            "last_seq": last_seq,
-                        },
-                    )
-                else:
-                    self._connection.execute(sa.update(_header).values(last_seq=last_seq))
-        except sa.exc.DBAPIError as error:
-            full = "full" in str(error.orig)
-            raise StorageError(f"the change was not stored: {error.orig}", full=full) from error
-        self.last_seq, self.is_new = last_seq, False
-        return last_seq
+        first = self.gallery.last_seq + 1
+        appended = list(appended)
+        self.gallery = insert_operations(self.connection, self.gallery, appended)
+        hold(self.connection, self.gallery, enumerate(appended, first), pictures or {})
+        release(self.connection, self.gallery, gone)
+        forget_answers(self.connection, self.gallery, forget_before)
+        insert_answers(self.connection, self.gallery, remember)
+        return self.gallery.last_seq
 
-    def close(self) -> None:
-        """Release the file."""
-        self._connection.close()
-        self._engine.dispose()
 
-    def _damage(self, seq: int, what: str) -> GalleryError:
-        return GalleryError(
-            f"{self.path}, table operations, seq {seq}: {what}. The log is damaged and nothing is "
-            "served from it; restore the file from a copy"
+def open_active(
+    database: Database, *, model_id: str, dim: int, first: Callable[[], Iterable[Operation]]
+) -> OperationsLog:
+    """The log of the active gallery; in a new database it is begun with the operations `first`.
+
+    Raises:
+        GalleryError: the active gallery belongs to another model; or damage.
+        StorageError: the database is gone or full.
+    """
+    with database.writing() as connection:
+        row = active_of(galleries_of(connection))
+        if row is None:
+            row = add_gallery(connection, model_id=model_id, dim=dim)
+            row = insert_operations(connection, row, first())
+    if row.model_id != model_id or row.dim != dim:
+        raise GalleryError(
+            f"{database.name} holds vectors of model {row.model_id[:16]}... (dim {row.dim}), but "
+            f"the bundle is model {model_id[:16]}... (dim {dim}): vectors of two models cannot be "
+            "compared. Start with the bundle that belongs to this state, or give --state an empty "
+            "directory and add the images again"
         )
-
-
-def _checksum(seq: int, operation: Operation, model_id: str) -> int:
-    head = json.dumps([seq, operation.kind, operation.id, model_id]).encode()
-    crc = zlib.crc32(head)
-    for part in (operation.vector, operation.metadata):
-        # The length goes in too: bytes must not move from the vector to the metadata unseen.
-        crc = zlib.crc32(b"-" if part is None else b"%d:" % len(part) + part, crc)
-    return crc
-
-
-def _answer_checksum(entry: Remembered) -> int:
-    head = json.dumps([entry.key, entry.digest, entry.created_at]).encode()
-    return zlib.crc32(entry.answer, zlib.crc32(head))
-
-
-def encode_metadata(metadata: object) -> bytes:
-    """Metadata as the log holds it."""
-    return orjson.dumps(metadata)
+    return OperationsLog(database, row)

@@ -7,7 +7,7 @@ acknowledged change. Searching and reading happen on a snapshot; changes go to t
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ Metadata = Mapping[str, Any]
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Filter = Mapping[str, Sequence[Any]]  # field -> values, one of which the item's must equal
+PictureKind = Literal["thumbnail", "original"]
 
 
 class Item(NamedTuple):
@@ -24,6 +25,9 @@ class Item(NamedTuple):
     id: str  # 1..512 characters
     vector: Vectors  # (D,) unit length
     metadata: Metadata
+    # Encoded pictures to be kept with an item that is written; a snapshot's items come without.
+    thumbnail: bytes | None = None
+    original: bytes | None = None
 
 
 class Page(NamedTuple):
@@ -46,6 +50,8 @@ class Change:
 
     upserts: Sequence[Item] = ()
     deletes: Sequence[str] = ()
+    delete_matching: Filter | None = None  # as of the moment of writing; alone in its change
+    most_matching: int = 0  # TooManyMatches where the filter finds more
     idempotency: "Idempotency | None" = None
     rejected: Sequence[Mapping[str, Any]] = ()  # kept with the answer, for a repeated request
 
@@ -82,8 +88,23 @@ class StorageError(Exception):
         self.full = full
 
 
+class GalleryRetired(StorageError):
+    """Another gallery has taken this one's place: it can be read and no longer changed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, full=False)
+
+
 class IdempotencyConflict(Exception):
     """The key was used for another request."""
+
+
+class TooManyMatches(Exception):
+    """A filter finds more items than may be deleted at a time; `count` of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"the filter finds {count} items")
+        self.count = count
 
 
 class Snapshot(Protocol):
@@ -176,11 +197,24 @@ class Gallery(Protocol):
     def apply(self, change: Change) -> "Future[Applied]":
         """Queue a change. The future is done when the change is on disk and in `snapshot`.
 
-        Its errors: StorageError, IdempotencyConflict.
+        Its errors: StorageError, GalleryRetired, IdempotencyConflict, TooManyMatches.
 
         Raises:
             queue.Full: too many changes are waiting.
         """
+        ...
+
+    def picture(self, item_id: str, kind: PictureKind) -> bytes | None:
+        """A picture of an item as it was kept; None when there is no such item or picture.
+
+        Raises:
+            StorageError: the database is gone.
+            GalleryError: the picture is damaged.
+        """
+        ...
+
+    def trouble(self) -> str | None:
+        """What keeps the gallery from being used as it should be; None when nothing does."""
         ...
 
     def on_change(self, listener: "Callable[[Snapshot], None]") -> None:

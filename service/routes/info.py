@@ -46,7 +46,7 @@ async def info(request: Request) -> Response:
                 "max_group_k": MAX_GROUP_K,
                 "max_group_steps": MAX_GROUP_STEPS,
             },
-            "gallery": {"items": len(snapshot), "version": snapshot.version},
+            "gallery": {"items": len(snapshot), "version": snapshot.version, **runtime.database()},
             "limits": {
                 name: {"limit": getattr(settings, name), "setting": name} for name in CLIENT_LIMITS
             },

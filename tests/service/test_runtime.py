@@ -57,6 +57,12 @@ class NoGallery:
 
     version, device = 0, "cpu"
 
+    def trouble(self) -> None:
+        return None
+
+    def on_change(self, listener: Any) -> None:
+        pass
+
     def __len__(self) -> int:
         return 0
 
@@ -196,7 +202,7 @@ def test_storage__that_fails_is_507_or_503_and_searches_go_on(
             raise StorageError("no", full=full)
 
         with monkeypatch.context() as broken:
-            broken.setattr(logged.OperationsLog, "append", refuse)
+            broken.setattr(logged.Writing, "append", refuse)
             answer = service.client.post("/items", headers=headers, **line)
             assert (answer.status_code, answer.json()["code"]) == (status, code)
             assert service.client.post("/neighbours", json={"ids": ["train/0000.png"]}).is_success

@@ -142,7 +142,7 @@ def test_gallery__changes_nothing_when_storing_fails(
         def full(*_: Any, **__: Any) -> int:
             raise StorageError("database or disk is full", full=True)
 
-        broken.setattr(logged.OperationsLog, "append", full)
+        broken.setattr(logged.Writing, "append", full)
         with pytest.raises(StorageError):
             do(gallery, upserts=[item("a", vector)], idempotency=key)
         assert gallery.snapshot().row("a") is None

@@ -68,7 +68,9 @@ def test_info__gives_facts_and_limits_with_their_settings(shared_service: Any) -
     assert document["dims"] == {"embedding": 12, "features": 16}
     assert document["execution_provider"] == "CPUExecutionProvider"
     assert document["search"]["device"] in ("cpu", "gpu")
-    assert document["gallery"] == {"items": 40, "version": 40}
+    gallery = document["gallery"]
+    assert (gallery["items"], gallery["version"], gallery["read_only"]) == (40, 40, False)
+    assert gallery["database"].startswith("sqlite 3.")
     for name, entry in document["limits"].items():
         assert entry == {"limit": getattr(shared_service.settings, name), "setting": name}
 

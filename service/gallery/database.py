@@ -1,0 +1,244 @@
+"""Where galleries are kept: one SQLite file in the state directory, or one PostgreSQL database.
+
+In: a directory or a URL. Out: transactions, and the rows that say which galleries there are.
+SQLite with a rollback journal: `synchronous=EXTRA` also synchronises the directory when the
+journal goes, so that a power cut cannot bring it back and undo a commit; the write-ahead log is not
+used because SQLite before 3.51.3 can lose commits with it. PostgreSQL commits synchronously,
+whatever the server's default. One transaction writes at a time, over all processes.
+"""
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.engine import Connection
+
+from service.gallery.migration import is_of_version_1, migrate_from_1
+from service.gallery.protocol import GalleryError, StorageError
+from service.gallery.rows import galleries_of
+from service.gallery.tables import SCHEMA, metadata, schema_table
+
+FILE_NAME = "operations.sqlite3"
+LOCK_NAME = "lock"
+BUSY_TIMEOUT_S = 30  # how long SQLite waits for another connection of this process
+CONNECT_TIMEOUT_S = 5
+# PostgreSQL: what is stuck longer is ended, so that it fails and is reported.
+STATEMENT_TIMEOUT_S = 120
+LOCK_TIMEOUT_S = 30
+# Names the lock under which everything is written; any number that nobody else uses.
+_WRITE_LOCK = 0x696E_7670_726F_7001  # "invprop", 1
+
+_log = structlog.get_logger("service.gallery")
+
+
+class Database:
+    """An opened database; its transactions may run in any thread.
+
+    Args:
+        directory: the state directory, made when missing and locked for this process. None takes
+            no lock and needs a URL.
+        url: a postgresql:// URL; None keeps everything in a file of the directory.
+
+    Raises:
+        GalleryError: the directory is in use or cannot be written, or there is no such database.
+    """
+
+    def __init__(self, directory: Path | None, url: str | None = None) -> None:
+        assert directory is not None or url is not None
+        self.directory = directory
+        # Connects to nothing yet.
+        if url is None:
+            assert directory is not None
+            self.name = str(directory / FILE_NAME)
+            self._engine = _sqlite(directory / FILE_NAME)
+        else:
+            self._engine = _postgresql(url)
+            at = self._engine.url  # neither user nor password nor options
+            self.name = f"postgresql://{at.host or ''}:{at.port or 5432}/{at.database}"
+        self._lock = None if directory is None else _own(directory)
+        try:
+            self._make_tables()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes may write to it too."""
+        return self._engine.dialect.name == "postgresql"
+
+    @property
+    def version(self) -> str:
+        """Engine and version, for people."""
+        numbers = self._engine.dialect.server_version_info or ()
+        return f"{self._engine.dialect.name} {'.'.join(map(str, numbers))}"
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that only reads; keep it short, SQLite's writer waits for it.
+
+        Raises:
+            StorageError: the database is gone, busy or damaged.
+        """
+        with self._reported("the gallery could not be read"), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction beside which nobody else writes; on disk when the block has ended.
+
+        Raises:
+            StorageError: nothing was changed; or, where the connection broke at the very end, the
+                change is whole in the database or not there at all.
+        """
+        with self._reported("the change was not stored"), self._engine.connect() as connection:
+            if self.is_shared:
+                with connection.begin():
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITE_LOCK)))
+                    yield connection
+            else:
+                with connection.execution_options(immediate=True).begin():
+                    yield connection
+
+    def close(self) -> None:
+        """Close the connections and release the directory."""
+        self._engine.dispose()
+        if self._lock is not None:
+            self._lock.close()
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sa.exc.DBAPIError, sqlite3.Error, psycopg.Error) as error:
+            cause = str(getattr(error, "orig", error)).strip().replace("\n", "; ")
+            full = "full" in cause or "No space left" in cause
+            raise StorageError(f"{what}: {cause}", full=full) from error
+        except sa.exc.TimeoutError as error:  # every connection of the pool is taken
+            raise StorageError(f"{what}: {error}", full=False) from error
+
+    def _make_tables(self) -> None:
+        try:
+            with self.writing() as connection:
+                if not self.is_shared and is_of_version_1(connection):
+                    moved = migrate_from_1(connection, self.name)
+                    _log.info("gallery_migrated", database=self.name, operations=moved)
+                metadata.create_all(connection)
+                found = list(connection.scalars(sa.select(schema_table.c.schema)))
+                if not found:
+                    if galleries_of(connection):
+                        raise GalleryError(
+                            f"{self.name} has galleries but no row in table database: it is "
+                            "damaged; restore it from a copy"
+                        )
+                    connection.execute(sa.insert(schema_table), {"schema": SCHEMA})
+                elif found != [SCHEMA]:
+                    raise GalleryError(
+                        f"{self.name} has schema {found[0]!r}, this version reads {SCHEMA!r}; "
+                        "use the version of invprop that wrote it"
+                    )
+        except StorageError as error:
+            raise GalleryError(f"{self.name} cannot be opened as a log: {error}") from error
+
+
+def _own(directory: Path) -> IO[str]:
+    """Take the state directory for this process, or say who has it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK_NAME).open("a+")
+    except OSError as error:
+        raise GalleryError(
+            f"the state directory {directory} cannot be used: {error.strerror}; give --state a "
+            "directory that can be written"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise GalleryError(
+            f"the state directory {directory} is in use by process {owner}: one service owns a "
+            "state. Stop that one, or give --state another directory"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _sqlite(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
+        pool_size=4,
+        max_overflow=-1,  # bounded by the threads that there are
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # we begin ourselves, see below
+        connection.execute("PRAGMA journal_mode=DELETE")
+        connection.execute("PRAGMA synchronous=EXTRA")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A transaction that reads first and writes later could find another writer in between.
+        immediate = connection.get_execution_options().get("immediate", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+    return engine
+
+
+def _postgresql(text: str) -> sa.Engine:
+    try:
+        url = sa.make_url(text)
+    except (sa.exc.ArgumentError, ValueError):
+        raise GalleryError("the database URL cannot be read; wanted " + _WANTED_URL) from None
+    if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
+        raise GalleryError(
+            f"the database URL begins with {url.drivername}://; wanted {_WANTED_URL}"
+        )
+    limits = {
+        "statement_timeout": STATEMENT_TIMEOUT_S,
+        "lock_timeout": LOCK_TIMEOUT_S,
+        "idle_in_transaction_session_timeout": STATEMENT_TIMEOUT_S,
+    }
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": "invprop",
+            "options": " ".join(f"-c {name}={value}s" for name, value in limits.items()),
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 15_000,  # milliseconds
+        },
+        pool_size=4,
+        max_overflow=16,
+        pool_pre_ping=True,  # a database that was restarted is found again at once
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _: Any) -> None:
+        with connection.cursor() as cursor:
+            (synchronous,) = cursor.execute("SHOW synchronous_commit").fetchone()
+            if synchronous == "off":  # stronger choices than `on` are left alone
+                cursor.execute("SET synchronous_commit TO on")
+            (synchronised,) = cursor.execute("SHOW fsync").fetchone()
+        connection.commit()
+        if synchronised != "on":
+            _log.warning("database_without_fsync", note="a power cut can lose what was answered")
+
+    return engine
+
+
+_WANTED_URL = "postgresql://USER:PASSWORD@HOST:PORT/NAME (in INVPROP_DATABASE)"
