@@ -36,9 +36,18 @@ def json_response(body: bytes | Any, status: int = 200) -> Response:
 
 def npy_response(array: NDArray[Any], headers: Mapping[str, str]) -> Response:
     """An array as a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return Response(buffer.getvalue(), media_type=NPY, headers=dict(headers))
+    return Response(npy_bytes(array), media_type=NPY, headers=dict(headers))
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """The bytes that numpy.save writes (format 1.0), for plain numbers in C order: a third of the
+    time, which is what counts for an answer of one row."""
+    shape = f"({array.shape[0]},)" if array.ndim == 1 else str(tuple(array.shape))
+    header = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
+    # numpy pads so that the values begin at a multiple of 64 bytes: 6 magic, 2 version, 2 length.
+    padded = header.ljust(-(-(len(header) + 11) // 64) * 64 - 11) + "\n"
+    length = len(padded).to_bytes(2, "little")
+    return b"\x93NUMPY\x01\x00" + length + padded.encode() + array.tobytes()
 
 
 def npz_response(arrays: Mapping[str, NDArray[Any]], headers: Mapping[str, str]) -> Response:

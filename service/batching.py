@@ -42,7 +42,9 @@ class Batcher(Generic[Row, Result]):
         max_batch: rows given to one call.
         queue_size: rows admitted and not yet answered.
         workers: how many calls run at a time.
-        on_batch: told the size and the seconds each row waited.
+        on_batch: told the size, the seconds each row waited, and why the batch was let go:
+            "full" (max_batch), "shared" (other idle workers take the rest) or "drained" (all that
+            waited).
         clock: monotonic seconds; deadlines are on this clock.
     """
 
@@ -53,7 +55,7 @@ class Batcher(Generic[Row, Result]):
         max_batch: int,
         queue_size: int,
         workers: int,
-        on_batch: Callable[[int, Sequence[float]], None] = lambda size, waits: None,
+        on_batch: Callable[[int, Sequence[float], str], None] = lambda size, waits, reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
@@ -73,6 +75,11 @@ class Batcher(Generic[Row, Result]):
     def admitted(self) -> int:
         """Rows admitted and not yet answered."""
         return self._admitted
+
+    @property
+    def oldest_wait_s(self) -> float:
+        """How long the row that comes next has waited; 0 when none waits."""
+        return self._clock() - self._queue[0].arrived if self._queue else 0.0
 
     def start(self) -> None:
         """Begin to work; needs a running event loop."""
@@ -102,16 +109,15 @@ class Batcher(Generic[Row, Result]):
         finally:
             self._admitted -= count
 
-    async def submit(self, row: Row, deadline: float) -> Result:
-        """Give one row to the next batch and wait for its result; call it under `admit`.
+    def submit(self, row: Row, deadline: float) -> "asyncio.Future[Result]":
+        """Give one row to the next batch; call it under `admit` and await the result there.
 
-        Raises:
-            TimeoutError: the deadline passed before its batch was run.
+        Its errors: TimeoutError when the deadline passed before its batch was run.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(row, deadline, self._clock(), future))
         self._arrived.set()
-        return await future
+        return future
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -122,7 +128,10 @@ class Batcher(Generic[Row, Result]):
                 await self._arrived.wait()
                 continue
             now = self._clock()
-            self._on_batch(len(batch), [now - waiting.arrived for waiting in batch])
+            reason = "full" if len(batch) == self._max_batch else "drained"
+            if reason == "drained" and self._queue:
+                reason = "shared"
+            self._on_batch(len(batch), [now - waiting.arrived for waiting in batch], reason)
             self._idle -= 1
             call = loop.run_in_executor(self._threads, self._run, [w.row for w in batch])
             try:

@@ -5,26 +5,36 @@ trainer.representation.preprocess.prepare makes of them, or ImageRejected with t
 
 The children are fresh interpreters (never forked: a fork after faiss or onnxruntime ran can hang),
 each with its own channel, limits of memory, CPU and wall time, and a thread here that feeds it.
-A ready-made process pool is not used because it breaks as a whole when one worker dies.
+A ready-made process pool is not used because it breaks as a whole when one worker dies. Pictures
+that take much memory, and so long, are decoded one at a time: the other children stay free.
 """
 
-import contextlib
 import json
 import math
 import os
-import queue
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.decoder_process import PIXELS, READY, receive_frame, send_frame
+from service.decoder_process import (
+    LARGE,
+    LARGE_ALLOWED,
+    PIXELS,
+    READY,
+    SMALL_ONLY,
+    receive_frame,
+    send_frame,
+)
 from trainer.representation.preprocess import ImageRejected, InputContract
 
 _START_TIMEOUT_S = 30.0  # an interpreter that imports numpy and Pillow takes about 0.3 s
@@ -36,6 +46,62 @@ Pixels = NDArray[np.uint8]
 
 class DecoderUnavailable(Exception):
     """No decoder process can be started on this machine; the image itself may be fine."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    image: bytes
+    future: Future[Pixels]
+    deadline: float  # on time.monotonic
+    arrived: float
+    large: bool = False  # found to be so; it is running already in the eyes of its future
+
+
+class _Lanes:
+    """Jobs in the order of their arrival; of the large ones only one is out at a time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._large: deque[_Job] = deque()
+        self._large_is_out = False
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._jobs) + len(self._large)
+
+    def put(self, job: _Job) -> None:
+        with self._changed:
+            (self._large if job.large else self._jobs).append(job)
+            self._changed.notify()
+
+    def take(self) -> _Job | None:
+        """Wait for a job; None when the lanes are closed."""
+        with self._changed:
+            while not self._closed:
+                large = None if self._large_is_out or not self._large else self._large[0]
+                if large and (not self._jobs or large.arrived <= self._jobs[0].arrived):
+                    self._large_is_out = True
+                    return self._large.popleft()
+                if self._jobs:
+                    return self._jobs.popleft()
+                self._changed.wait()
+            return None
+
+    def large_is_done(self) -> None:
+        with self._changed:
+            self._large_is_out = False
+            self._changed.notify()
+
+    def close(self) -> list[_Job]:
+        """End every `take`; gives what was left."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            left = [*self._jobs, *self._large]
+            self._jobs.clear()
+            self._large.clear()
+            return left
 
 
 class DecoderPool:
@@ -50,6 +116,7 @@ class DecoderPool:
         max_pixels: width x height allowed, read from the header.
         max_image_bytes: what the largest request may hold.
         on_replaced: told "lifetime", "timeout" or "died" whenever a process is replaced.
+        on_decoded: told the seconds that an image waited and those it took.
 
     Raises:
         DecoderUnavailable: a process does not start.
@@ -66,11 +133,13 @@ class DecoderPool:
         max_pixels: int,
         max_image_bytes: int,
         on_replaced: Callable[[str], None] = lambda reason: None,
+        on_decoded: Callable[[float, float], None] = lambda waited, took: None,
     ) -> None:
         self._side = contract.size_px
         self._timeout_s = timeout_s
         self._lifetime_images = lifetime_images
         self._on_replaced = on_replaced
+        self._on_decoded = on_decoded
         self._arguments = {
             "contract": contract.as_dict(),
             "memory_bytes": memory_bytes,
@@ -78,7 +147,7 @@ class DecoderPool:
             "max_image_bytes": max_image_bytes,
             "cpu_s": math.ceil(timeout_s),
         }
-        self._jobs: queue.SimpleQueue[tuple[bytes, Future[Pixels]] | None] = queue.SimpleQueue()
+        self._lanes = _Lanes()
         self._closed = False
         children: list[_Child] = []
         try:
@@ -96,61 +165,80 @@ class DecoderPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, image: bytes) -> Future[Pixels]:
+    @property
+    def waiting(self) -> int:
+        """Images that no process has taken yet."""
+        return len(self._lanes)
+
+    def submit(self, image: bytes, deadline: float = math.inf) -> Future[Pixels]:
         """Queue one image. The future may be cancelled as long as no process has taken it.
 
-        Its errors: ImageRejected with a reason for the sender; DecoderUnavailable.
+        Its errors: ImageRejected with a reason for the sender; TimeoutError when `deadline` (on
+        time.monotonic) passed before its turn; DecoderUnavailable.
         """
         if self._closed:
             raise DecoderUnavailable("the decoders are shut down")
         future: Future[Pixels] = Future()
-        self._jobs.put((image, future))
+        self._lanes.put(_Job(image, future, deadline, time.monotonic()))
         return future
 
     def close(self) -> None:
         """End the processes; images still queued are refused with DecoderUnavailable."""
         self._closed = True
-        for _ in self._threads:
-            self._jobs.put(None)
+        left = self._lanes.close()
         for thread in self._threads:
             thread.join()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._jobs.get_nowait()
-                if job is not None and job[1].set_running_or_notify_cancel():
-                    job[1].set_exception(DecoderUnavailable("the decoders were shut down"))
+        for job in (*left, *self._lanes.close()):  # an image may have turned out large meanwhile
+            if job.large or job.future.set_running_or_notify_cancel():
+                job.future.set_exception(DecoderUnavailable("the decoders were shut down"))
 
     def _serve(self, first: "_Child") -> None:
         child: _Child | None = first
-        while (job := self._jobs.get()) is not None:
-            image, future = job
-            if child is not None and child.has_ended():  # while idle: not this image's doing
-                self._retire(child, "died")
-                child = None
-            if not future.set_running_or_notify_cancel():
-                continue
+        while (job := self._lanes.take()) is not None:
             try:
-                if child is None:
-                    child = _Child(self._arguments)
-                    child.wait_until_ready()
-                pixels = child.decode(image, self._timeout_s, self._side)
-            except _ChildLost as lost:
-                self._retire(child, lost.kind)
-                child = None
-                future.set_exception(ImageRejected(lost.reason))
-            except DecoderUnavailable as error:
-                self._retire(child, "died")
-                child = None
-                future.set_exception(error)
-            except ImageRejected as rejection:
-                future.set_exception(rejection)
-            else:
-                future.set_result(pixels)
-            if child is not None and child.images >= self._lifetime_images:
-                self._retire(child, "lifetime")
-                child = None
+                child = self._decode(job, child)
+            finally:
+                if job.large:
+                    self._lanes.large_is_done()
         if child is not None:
             child.kill()
+
+    def _decode(self, job: _Job, child: "_Child | None") -> "_Child | None":
+        """Settle one job; gives the process for the next, None where it has to be started."""
+        begun = time.monotonic()
+        if child is not None and child.has_ended():  # while idle: not this image's doing
+            self._retire(child, "died")
+            child = None
+        if not job.large and not job.future.set_running_or_notify_cancel():
+            return child
+        if job.deadline <= begun:
+            job.future.set_exception(TimeoutError("waited too long for a decoder"))
+            return child
+        try:
+            if child is None:
+                child = _Child(self._arguments)
+                child.wait_until_ready()
+            pixels = child.decode(job.image, self._timeout_s, self._side, large=job.large)
+        except _ChildLost as lost:
+            self._retire(child, lost.kind)
+            child = None
+            job.future.set_exception(ImageRejected(lost.reason))
+        except DecoderUnavailable as error:
+            self._retire(child, "died")
+            child = None
+            job.future.set_exception(error)
+        except ImageRejected as rejection:
+            job.future.set_exception(rejection)
+        else:
+            if pixels is None:
+                self._lanes.put(replace(job, large=True))
+                return child
+            job.future.set_result(pixels)
+        self._on_decoded(begun - job.arrived, time.monotonic() - begun)
+        if child is not None and child.images >= self._lifetime_images:
+            self._retire(child, "lifetime")
+            child = None
+        return child
 
     def _retire(self, child: "_Child | None", reason: str) -> None:
         if child is not None:
@@ -210,13 +298,20 @@ class _Child:
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def decode(self, image: bytes, timeout_s: float, side: int) -> Pixels:
-        self.images += 1
-        # The timeout counts between two pieces of a frame: in all at most a few times as long.
-        self._channel.settimeout(timeout_s)
+    def decode(self, image: bytes, timeout_s: float, side: int, *, large: bool) -> Pixels | None:
+        """The pixels; None when the image takes more memory than those of which any number is
+        decoded at a time, and was not allowed to be `large`.
+
+        Raises:
+            ImageRejected: by the process.
+            _ChildLost: there is no answer, or none that makes sense; the process must go.
+        """
+        deadline = time.monotonic() + timeout_s
         try:
-            send_frame(self._channel, b"I", image)
-            kind, payload = receive_frame(self._channel, max(side * side * 3, _MAX_REASON_BYTES))
+            self._channel.settimeout(timeout_s)
+            send_frame(self._channel, LARGE_ALLOWED if large else SMALL_ONLY, image)
+            most = max(side * side * 3, _MAX_REASON_BYTES)
+            kind, payload = receive_frame(self._channel, most, deadline)
         except TimeoutError:
             raise _ChildLost(
                 "timeout",
@@ -226,6 +321,9 @@ class _Child:
             raise _ChildLost(
                 "died", "the decoder gave up on it: the image is damaged or made to do harm"
             ) from None
+        if kind == LARGE and not large:
+            return None
+        self.images += 1
         if kind != PIXELS:
             raise ImageRejected(payload.decode(errors="replace"))
         if len(payload) != side * side * 3:

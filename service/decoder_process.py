@@ -12,11 +12,16 @@ import signal
 import socket
 import struct
 import sys
+import time
 from typing import Any
 
-from trainer.representation.preprocess import ImageRejected, InputContract, prepare
+from trainer.representation.preprocess import ImageRejected, InputContract, LargeImage, prepare
 
-READY, PIXELS, REJECTED = b"R", b"P", b"X"
+# What is asked: an image that may take only SMALL_BYTES of memory, or as much as the process has.
+SMALL_ONLY, LARGE_ALLOWED = b"I", b"L"
+READY, PIXELS, REJECTED, LARGE = b"R", b"P", b"X", b"L"
+# 16 Mpx of RGB in a PNG, any baseline JPEG (those are decoded at a fraction of their size).
+SMALL_BYTES = 64 * 2**20
 _LENGTH = struct.Struct("<Q")
 
 
@@ -26,24 +31,31 @@ def send_frame(channel: socket.socket, kind: bytes, payload: bytes) -> None:
     channel.sendall(payload)
 
 
-def receive_frame(channel: socket.socket, limit_bytes: int) -> tuple[bytes, bytearray]:
-    """Receive what `send_frame` sent.
+def receive_frame(
+    channel: socket.socket, limit_bytes: int, deadline: float | None = None
+) -> tuple[bytes, bytearray]:
+    """Receive what `send_frame` sent, all of it before `deadline` on time.monotonic.
 
     Raises:
         EOFError: the other side is gone, or announced more than `limit_bytes`.
-        TimeoutError: the socket's timeout passed between two pieces.
+        TimeoutError: the deadline passed; without one, the socket's timeout between two pieces.
     """
-    head = _receive_exactly(channel, 1 + _LENGTH.size)
+    head = _receive_exactly(channel, 1 + _LENGTH.size, deadline)
     (length,) = _LENGTH.unpack_from(head, 1)
     if length > limit_bytes:
         raise EOFError(f"a frame of {length} bytes, at most {limit_bytes} were expected")
-    return bytes(head[:1]), _receive_exactly(channel, length)
+    return bytes(head[:1]), _receive_exactly(channel, length, deadline)
 
 
-def _receive_exactly(channel: socket.socket, count: int) -> bytearray:
+def _receive_exactly(channel: socket.socket, count: int, deadline: float | None) -> bytearray:
     received = bytearray(count)
     view = memoryview(received)
     while len(view):
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            channel.settimeout(left)
         got = channel.recv_into(view)
         if not got:
             raise EOFError("the other side closed the channel")
@@ -63,14 +75,22 @@ def main(arguments: dict[str, Any]) -> None:
     send_frame(channel, READY, b"")
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            _, image = receive_frame(channel, arguments["max_image_bytes"])
+            asked, received = receive_frame(channel, arguments["max_image_bytes"])
+            image = bytes(received)
+            del received  # a large body need not be there twice
             _allow_cpu_seconds(arguments["cpu_s"])
-            send_frame(channel, *_decode(bytes(image), contract, arguments["max_pixels"]))
+            most_bytes = SMALL_BYTES if asked == SMALL_ONLY else None
+            send_frame(channel, *_decode(image, contract, arguments["max_pixels"], most_bytes))
 
 
-def _decode(image: bytes, contract: InputContract, max_pixels: int) -> tuple[bytes, bytes]:
+def _decode(
+    image: bytes, contract: InputContract, max_pixels: int, most_bytes: int | None
+) -> tuple[bytes, bytes]:
     try:
-        return PIXELS, prepare(image, contract, max_pixels=max_pixels).tobytes()
+        pixels = prepare(image, contract, max_pixels=max_pixels, most_bytes=most_bytes)
+        return PIXELS, pixels.tobytes()
+    except LargeImage:
+        return LARGE, b""
     except ImageRejected as error:
         if not isinstance(error.__cause__, MemoryError):
             return REJECTED, str(error).encode()

@@ -41,6 +41,12 @@ class ImagePath:
             workers=settings.resolved_inference_threads() if on_cpu else 1,
             on_batch=self._observe_batch,
         )
+        # Read when somebody asks, not written with every image.
+        metrics.queue_size.set_function(lambda: self._batcher.admitted)
+        metrics.queue_oldest.set_function(lambda: self._batcher.oldest_wait_s)
+        metrics.decode_queue_size.set_function(
+            lambda: 0 if self._decoders is None else self._decoders.waiting
+        )
 
     @property
     def running(self) -> bool:
@@ -69,9 +75,13 @@ class ImagePath:
             Problem: queue_full, decoder_unavailable.
         """
         with self._admission(len(images)):
-            outcomes = await asyncio.gather(
-                *(self._embed_image(image, deadline) for image in images)
-            )
+            outcomes: list[Row | ImageRejected]
+            if len(images) == 1:  # no task for it
+                outcomes = [await self._embed_image(images[0], deadline)]
+            else:
+                outcomes = await asyncio.gather(
+                    *(self._embed_image(image, deadline) for image in images)
+                )
         self.metrics.images_rejected.inc(sum(isinstance(o, ImageRejected) for o in outcomes))
         return outcomes
 
@@ -82,9 +92,8 @@ class ImagePath:
             Problem: queue_full.
         """
         with self._admission(len(pixels)):
-            return await asyncio.gather(
-                *(self._batcher.submit(image, deadline) for image in pixels)
-            )
+            rows = [self._batcher.submit(image, deadline) for image in pixels]
+            return [await rows[0]] if len(rows) == 1 else await asyncio.gather(*rows)
 
     def _start_decoders(self) -> DecoderPool:
         settings = self._settings
@@ -97,32 +106,27 @@ class ImagePath:
             max_pixels=settings.max_image_pixels,
             max_image_bytes=settings.max_body_bytes,
             on_replaced=lambda reason: self.metrics.decoders_replaced.labels(reason).inc(),
+            on_decoded=self._observe_decode,
         )
 
     @contextlib.contextmanager
     def _admission(self, count: int) -> Iterator[None]:
         try:
             with self._batcher.admit(count):
-                self.metrics.queue_size.set(self._batcher.admitted)
                 yield
         except QueueFull as full:
             raise queue_full("images", full.limit, "queue_size") from None
-        finally:
-            self.metrics.queue_size.set(self._batcher.admitted)
 
     async def _embed_image(self, image: bytes | ImageRejected, deadline: float) -> Any:
         assert self._decoders is not None
         if isinstance(image, ImageRejected):
             return image
-        started = time.perf_counter()
         try:
-            pixels = await asyncio.wrap_future(self._decoders.submit(image))
+            pixels = await asyncio.wrap_future(self._decoders.submit(image, deadline))
         except ImageRejected as rejection:
             return rejection
         except DecoderUnavailable as error:
             raise Problem("decoder_unavailable", str(error), retry_after_s=RETRY_AFTER_S) from None
-        finally:
-            self.metrics.decode_duration.observe(time.perf_counter() - started)
         return await self._batcher.submit(pixels, deadline)
 
     def _run_encoder(self, images: Sequence[NDArray[np.uint8]]) -> list[Row]:
@@ -134,7 +138,12 @@ class ImagePath:
         finished = embedder.finish(raw)
         return list(zip(finished.embeddings, finished.features, strict=True))
 
-    def _observe_batch(self, size: int, waits: Sequence[float]) -> None:
+    def _observe_decode(self, waited_s: float, took_s: float) -> None:
+        self.metrics.decode_queue_duration.observe(waited_s)
+        self.metrics.decode_duration.observe(took_s)
+
+    def _observe_batch(self, size: int, waits: Sequence[float], reason: str) -> None:
         self.metrics.batch_size.observe(size)
+        self.metrics.batches.labels(reason).inc()
         for wait in waits:
             self.metrics.queue_duration.observe(wait)

@@ -77,6 +77,18 @@ class Metrics:
             registry=registry,
             buckets=_TIME_BUCKETS,
         )
+        self.queue_oldest = Gauge(
+            "invprop_queue_oldest_seconds",
+            "How long the image that is next for the encoder has waited",
+            registry=registry,
+        )
+        self.batches = Counter(
+            "invprop_batches",
+            "Runs of the encoder by why they were let go: full (max_batch), drained (all that "
+            "waited), shared (other idle threads took the rest)",
+            ["reason"],
+            registry=registry,
+        )
         self.batch_size = Histogram(
             "invprop_batch_size",
             "Images in one run of the encoder",
@@ -85,9 +97,20 @@ class Metrics:
         )
         self.decode_duration = Histogram(
             "invprop_decode_duration_seconds",
-            "Time to decode one image, waiting included",
+            "Time to decode one image",
             registry=registry,
             buckets=_TIME_BUCKETS,
+        )
+        self.decode_queue_duration = Histogram(
+            "invprop_decode_queue_duration_seconds",
+            "Time an image waited for a decoder process",
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.decode_queue_size = Gauge(
+            "invprop_decode_queue_size",
+            "Images that wait for a decoder process",
+            registry=registry,
         )
         self.inference_duration = Histogram(
             "invprop_inference_duration_seconds",

@@ -88,16 +88,16 @@ class Settings(BaseSettings):
         description="Child processes that decode images; 0 = one per core, at most 4.",
     )
     decode_timeout_s: float = Field(
-        default=3.0,
+        default=2.0,
         gt=0,
         le=60,
         description="Wall time for one image; past it the child is killed.",
     )
     decoder_memory_bytes: int = Field(
-        default=2048 * MIB, ge=256 * MIB, description="Address space of a decoder process."
+        default=560 * MIB, ge=256 * MIB, description="Address space of a decoder process."
     )
     decoder_lifetime_images: int = Field(
-        default=500, ge=1, description="A decoder process is replaced after so many images."
+        default=5000, ge=1, description="A decoder process is replaced after so many images."
     )
 
     max_body_bytes: int = Field(

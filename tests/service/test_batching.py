@@ -37,9 +37,9 @@ class Gate:
         return [10 * row for row in rows]
 
 
-async def hold(batcher: Batcher[int, int], gate: Gate) -> "asyncio.Task[int]":
+async def hold(batcher: Batcher[int, int], gate: Gate) -> "asyncio.Future[int]":
     """Occupy the only worker with row 0."""
-    first = asyncio.create_task(batcher.submit(0, FAR))
+    first = batcher.submit(0, FAR)
     await asyncio.to_thread(gate.entered.wait, 30)
     return first
 
@@ -50,7 +50,7 @@ def test_batcher__answers_each_row_and_groups_what_waits() -> None:
         batcher = batcher_of(gate)
         batcher.start()
         first = await hold(batcher, gate)
-        others = [asyncio.create_task(batcher.submit(row, FAR)) for row in range(1, 7)]
+        others = [batcher.submit(row, FAR) for row in range(1, 7)]
         await asyncio.sleep(0)  # lets them queue
         gate.open.set()
         assert await asyncio.gather(first, *others) == [0, 10, 20, 30, 40, 50, 60]
@@ -65,7 +65,7 @@ def test_batcher__shares_a_burst_between_idle_workers() -> None:
         gate = Gate()
         batcher = batcher_of(gate, workers=2)
         batcher.start()
-        rows = [asyncio.create_task(batcher.submit(row, FAR)) for row in range(4)]
+        rows = [batcher.submit(row, FAR) for row in range(4)]
         await asyncio.sleep(0)
         gate.open.set()
         await asyncio.gather(*rows)
@@ -81,8 +81,8 @@ def test_batcher__drops_what_passed_its_deadline_before_the_encoder_sees_it() ->
         batcher = batcher_of(gate, clock=lambda: now[0])
         batcher.start()
         first = await hold(batcher, gate)
-        late = asyncio.create_task(batcher.submit(1, 5.0))
-        good = asyncio.create_task(batcher.submit(2, 7.0))
+        late = batcher.submit(1, 5.0)
+        good = batcher.submit(2, 7.0)
         await asyncio.sleep(0)
         now[0] = 6.0
         gate.open.set()
@@ -101,14 +101,44 @@ def test_batcher__drops_what_was_cancelled() -> None:
         batcher = batcher_of(gate)
         batcher.start()
         first = await hold(batcher, gate)
-        gone = asyncio.create_task(batcher.submit(1, FAR))
-        good = asyncio.create_task(batcher.submit(2, FAR))
+        gone = batcher.submit(1, FAR)
+        good = batcher.submit(2, FAR)
         await asyncio.sleep(0)
         gone.cancel()
         gate.open.set()
         assert (await first, await good) == (0, 20)
         assert gate.batches == [[0], [2]]
         await batcher.close()
+
+    run(check)
+
+
+def test_batcher__says_why_a_batch_was_let_go_and_how_long_the_next_has_waited() -> None:
+    async def check() -> None:
+        gate, now, told = Gate(), [0.0], []
+        batcher = batcher_of(
+            gate,
+            clock=lambda: now[0],
+            on_batch=lambda size, waits, reason: told.append((size, waits, reason)),
+        )
+        batcher.start()
+        first = await hold(batcher, gate)
+        assert batcher.oldest_wait_s == 0
+        now[0] = 1.0
+        others = [batcher.submit(row, FAR) for row in range(1, 7)]
+        now[0] = 3.5
+        assert batcher.oldest_wait_s == 2.5
+        gate.open.set()
+        await asyncio.gather(first, *others)
+        assert told == [(1, [0.0], "drained"), (4, [2.5] * 4, "full"), (2, [2.5] * 2, "drained")]
+        await batcher.close()
+
+        told.clear()
+        pair = batcher_of(gate, workers=2, on_batch=lambda *told_of: told.append(told_of))
+        pair.start()
+        await asyncio.gather(*(pair.submit(row, FAR) for row in range(3)))
+        assert [(size, reason) for size, _, reason in told] == [(2, "shared"), (1, "drained")]
+        await pair.close()
 
     run(check)
 

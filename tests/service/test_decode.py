@@ -3,15 +3,21 @@
 import io
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
+from service import decode as decode_module
 from service.decode import DecoderPool, DecoderUnavailable
+from service.decoder_process import receive_frame
 from trainer.representation.preprocess import ImageRejected, InputContract, prepare
 
 CONTRACT = InputContract(size_px=8, crop_fraction=0.875)
@@ -135,6 +141,102 @@ def test_pool__says_when_an_image_needs_too_much_memory() -> None:
             pool.submit(buffer.getvalue()).result(WAIT_S)
     finally:
         pool.close()
+
+
+def large_picture(shade: int) -> bytes:
+    """A picture that takes 72 MB to decode, more than are decoded in any number at a time."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (3000, 3000), (shade, 0, 0, 255)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def test_pool__large_images_are_decoded_one_at_a_time_and_small_ones_pass_them(
+    picture: Callable[..., bytes],
+) -> None:
+    large = [large_picture(shade) for shade in (10, 20)]
+    pool = make_pool(size=2, max_pixels=10_000_000)
+    lock, busy, most, large_out = threading.Lock(), set(), [0], [0]
+    real = decode_module._Child.decode
+
+    def watched(child: object, image: bytes, *arguments: object, large: bool) -> object:
+        with lock:
+            if large:
+                busy.add(id(child))
+                most[0] = max(most[0], len(busy))
+                large_out[0] += 1
+        try:
+            return real(child, image, *arguments, large=large)  # type: ignore[arg-type]
+        finally:
+            with lock:
+                busy.discard(id(child))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_module._Child, "decode", watched)
+        try:
+            futures = [pool.submit(image) for image in (*large, *large, picture(1), picture(2))]
+            for future, shade in zip(futures, (10, 20, 10, 20), strict=False):
+                assert (future.result(WAIT_S)[..., 0] == shade).all()
+            for seed, future in enumerate(futures[4:], start=1):
+                np.testing.assert_array_equal(
+                    future.result(WAIT_S), prepare(picture(seed), CONTRACT)
+                )
+        finally:
+            pool.close()
+    assert (most[0], large_out[0]) == (1, 4)
+
+
+def test_lanes__the_oldest_that_may_start() -> None:
+    lanes = decode_module._Lanes()
+
+    def job(arrived: float, *, large: bool = False) -> decode_module._Job:
+        made = decode_module._Job(b"", Future(), 0.0, arrived, large)
+        lanes.put(made)
+        return made
+
+    first, second = job(1, large=True), job(2, large=True)
+    small, late = job(1.5), job(3)
+    assert lanes.take() is first
+    assert lanes.take() is small
+    assert lanes.take() is late  # the second large one is older, but one is out
+    lanes.large_is_done()
+    assert lanes.take() is second
+    waiting = job(4)
+    assert len(lanes) == 1
+    assert lanes.close() == [waiting]
+    assert lanes.take() is None
+
+
+def test_pool__drops_what_passed_its_deadline_before_a_decoder_sees_it(
+    pool: DecoderPool, picture: Callable[..., bytes]
+) -> None:
+    late = pool.submit(picture(3), deadline=time.monotonic())
+    with pytest.raises(TimeoutError, match="waited too long"):
+        late.result(WAIT_S)
+    assert pool.submit(picture(3), deadline=time.monotonic() + WAIT_S).result(WAIT_S) is not None
+
+
+def test_receive_frame__pieces_that_come_in_time_do_not_extend_the_deadline() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"P" + (8).to_bytes(8, "little") + b"some")
+        with pytest.raises(TimeoutError):
+            receive_frame(ours, 8, time.monotonic() + 0.05)
+        theirs.sendall(b"more")
+        with pytest.raises(TimeoutError):  # there is something to read, but it is too late
+            receive_frame(ours, 8, time.monotonic())
+
+
+def test_pool__tells_how_long_images_waited_and_took(picture: Callable[..., bytes]) -> None:
+    told: list[tuple[float, float]] = []
+    pool = make_pool(on_decoded=lambda waited, took: told.append((waited, took)))
+    try:
+        pool.submit(picture(1)).result(WAIT_S)
+        with pytest.raises(ImageRejected):
+            pool.submit(b"no picture").result(WAIT_S)
+    finally:
+        pool.close()
+    assert len(told) == 2
+    assert all(waited >= 0 and took > 0 for waited, took in told)
 
 
 def test_pool__kills_a_decoder_that_overruns_and_serves_the_next_image(
