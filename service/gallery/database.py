@@ -127,6 +127,8 @@ class Database:
     def _make_tables(self) -> None:
         try:
             with self.writing() as connection:
+                if self.is_shared and connection.exec_driver_sql("SHOW fsync").scalar() != "on":
+                    _log.warning("database_without_fsync", note="a power cut can lose answers")
                 if not self.is_shared and is_of_version_1(connection):
                     moved = migrate_from_1(connection, self.name)
                     _log.info("gallery_migrated", database=self.name, operations=moved)
@@ -233,10 +235,7 @@ def _postgresql(text: str) -> sa.Engine:
             (synchronous,) = cursor.execute("SHOW synchronous_commit").fetchone()
             if synchronous == "off":  # stronger choices than `on` are left alone
                 cursor.execute("SET synchronous_commit TO on")
-            (synchronised,) = cursor.execute("SHOW fsync").fetchone()
         connection.commit()
-        if synchronised != "on":
-            _log.warning("database_without_fsync", note="a power cut can lose what was answered")
 
     return engine
 
