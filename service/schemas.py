@@ -95,9 +95,10 @@ class ItemLine(_Strict):
 
 
 class DeleteRequest(_Strict):
-    """Items to delete."""
+    """Items to delete: exactly one of the two."""
 
-    ids: list[ItemId]
+    ids: list[ItemId] | None = None
+    filter: MetadataFilter | None = None
 
 
 class RejectedImage(BaseModel):

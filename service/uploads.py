@@ -5,6 +5,8 @@ item the reason, so that one bad line does not cost the others.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +44,9 @@ class Upload:
 
     def add(self, draft: Draft) -> None:
         """Take a draft, unless its id stood in this request before."""
-        if draft.id in self._ids:
+        if "\0" in draft.id:
+            self.reject(draft.id, "the id holds a NUL character, which is not kept", draft.line)
+        elif draft.id in self._ids:
             self.reject(
                 draft.id, "the id stands in this request twice; the first one counts", draft.line
             )
@@ -74,6 +78,12 @@ def from_form(
     """Multipart: ids are the file names, `metadata` a JSON list aligned with the images."""
     listed: Any = [{}] * len(named)
     if metadata is not None:
+        if (number := _inexact(metadata)) is not None:
+            raise Problem(
+                "invalid_request",
+                f"metadata: the number {number} has more than 64 bits and would not be kept as it "
+                "is; send it as a string",
+            )
         listed = bodies.parse_json(metadata, "the part metadata")
         if not isinstance(listed, list) or len(listed) != len(named):
             got = f"{len(listed)} entries" if isinstance(listed, list) else "no list"
@@ -130,6 +140,14 @@ def _read_line(
         return
     item_id = values.get("id") if isinstance(values, dict) else None
     known_id = item_id if isinstance(item_id, str) and len(item_id) <= MAX_ID_LENGTH else None
+    if (number_text := _inexact(line)) is not None:
+        upload.reject(
+            known_id,
+            f"the number {number_text} has more than 64 bits and would not be kept as it is; send "
+            "it as a string",
+            number,
+        )
+        return
     try:
         item = ItemLine.model_validate(values)
     except ValidationError as error:
@@ -162,6 +180,25 @@ def _read_line(
         upload.reject(item.id, str(content), number)
         return
     upload.add(Draft(item.id, content, item.metadata, number))
+
+
+# Such a run of digits can stand in a string or behind a decimal point too: _inexact looks closely.
+_MANY_DIGITS = re.compile(rb"[0-9]{19}")
+
+
+def _inexact(text: bytes) -> str | None:
+    """An integer of a JSON text that orjson reads as a float, None where there is none."""
+    if _MANY_DIGITS.search(text) is None:
+        return None
+    found: list[str] = []
+
+    def look(digits: str) -> int:
+        if not -(2**63) <= int(digits) < 2**64:
+            found.append(digits[:40])
+        return 0
+
+    json.loads(text, parse_int=look)
+    return found[0] if found else None
 
 
 def _too_much(metadata: Mapping[str, Any], settings: Settings) -> str | None:

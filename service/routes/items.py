@@ -1,7 +1,10 @@
 """/items: add or replace, list, look at and delete the items of the gallery."""
 
+import hashlib
+from dataclasses import replace
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
@@ -96,20 +99,35 @@ async def list_items(
 @router.post(
     "/items/delete",
     response_model=DeleteAnswer,
-    responses=problems(400, 413, 415, 422, 429, 503, 504, 507),
+    responses=problems(400, 409, 413, 415, 422, 429, 503, 504, 507),
     openapi_extra=body_of(DeleteRequest, (bodies.JSON,)),
     summary="Delete items",
 )
-async def delete_items(request: Request) -> Response:
-    """Ids that are not there are listed as `missing`; the others are deleted."""
+async def delete_items(
+    request: Request,
+    idempotency_key: Annotated[str | None, Header(max_length=MAX_IDEMPOTENCY_KEY)] = None,
+) -> Response:
+    """By `ids`: those that are not there are listed as `missing`, the others are deleted. Or by
+    `filter`: all items that match at the moment of writing, at most `max_rows`.
+
+    With an `Idempotency-Key`, the same request sent again gets the same answer and changes nothing.
+    """
     runtime = runtime_of(request)
     if bodies.content_type(request) != bodies.JSON:
         raise bodies.unsupported(request, (bodies.JSON,))
     async with runtime.deadline():
-        body = await request.body()
-        ids = (await runtime.compute(_parse_delete, body)).ids
-    bodies.check_count("ids", len(ids), runtime.settings, "max_rows")
-    return _deleted(runtime, await runtime.apply(Change(deletes=list(dict.fromkeys(ids)))))
+        wanted = await runtime.compute(_parse_delete, await request.body())
+    if wanted.ids is not None:
+        bodies.check_count("ids", len(wanted.ids), runtime.settings, "max_rows")
+        change = Change(deletes=list(dict.fromkeys(wanted.ids)))
+    else:
+        assert wanted.filter is not None
+        change = Change(
+            delete_matching=filter_of(wanted.filter), most_matching=runtime.settings.max_rows
+        )
+    if idempotency_key:
+        change = replace(change, idempotency=Idempotency(idempotency_key, _digest_of(wanted)))
+    return _deleted(runtime, await runtime.apply(change))
 
 
 @router.get(
@@ -247,7 +265,22 @@ def _parse_filter(text: str) -> dict[str, Any]:
 
 
 def _parse_delete(body: bytes) -> DeleteRequest:
-    return bodies.validate(DeleteRequest, bodies.parse_json(body))
+    wanted = bodies.validate(DeleteRequest, bodies.parse_json(body))
+    if (wanted.ids is None) == (wanted.filter is None):
+        got = "none of them" if wanted.ids is None else "both"
+        raise Problem("invalid_request", f"wanted exactly one of ids and filter; got {got}")
+    if wanted.filter is not None and not wanted.filter:
+        raise Problem(
+            "invalid_request",
+            "filter: wanted at least one field; an empty one would find all items",
+        )
+    return wanted
+
+
+def _digest_of(wanted: DeleteRequest) -> str:
+    """The same for the same request; other than that of any POST /items."""
+    content = orjson.dumps(["delete", wanted.model_dump()], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _not_found(item_id: str) -> Problem:

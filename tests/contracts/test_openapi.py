@@ -87,7 +87,7 @@ def test_parameters__that_the_client_sends_exist(
     [
         ("/neighbours", {"images", "vectors", "ids", "k", "filter", "exact", "include"}),
         ("/groups", {"images", "vectors", "ids", "k", "steps", "order", "limit"}),
-        ("/items/delete", {"ids"}),
+        ("/items/delete", {"ids", "filter"}),
     ],
 )
 def test_bodies__have_the_fields_that_the_client_sends(path: str, fields: set[str]) -> None:

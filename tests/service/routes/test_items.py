@@ -210,6 +210,110 @@ def test_delete__of_many_names_what_was_not_there(service: Any) -> None:
     problem(service.client.post("/items/delete", json={"id": "a"}), 422, "invalid_request")
 
 
+def test_delete__by_filter_says_how_many(service: Any) -> None:
+    post = service.client.post
+    lines = [
+        {"id": f"v{n}", "vector": unit(n), "metadata": {"odd": n % 2 == 1, "n": n}}
+        for n in range(7)
+    ]
+    post("/items", content=ndjson(*lines), headers=NDJSON)
+    wanted = {"filter": {"odd": True, "n": [1, 2, 5]}}
+    answer = post("/items/delete", json=wanted).json()
+    assert answer == {
+        "model": service.bundle.model_id,
+        "gallery_version": 49,
+        "deleted": 2,
+        "missing": [],
+    }
+    left = [entry["id"] for entry in service.client.get("/items?cursor=40").json()["items"]]
+    assert left == ["v0", "v2", "v3", "v4", "v6"]
+    assert post("/items/delete", json=wanted).json()["deleted"] == 0
+    assert service.client.get("/info").json()["gallery_version"] == 49
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"ids": ["a"], "filter": {"a": 1}}, {"filter": {}}, {"filter": {"a": {}}}, {"ids": None}],
+)
+def test_delete__wants_exactly_one_of_ids_and_a_filter(shared_service: Any, body: Any) -> None:
+    problem(shared_service.client.post("/items/delete", json=body), 422, "invalid_request")
+
+
+def test_delete__by_filter_is_bounded_as_by_ids(start_service: Any, tmp_path: Any) -> None:
+    for service in start_service(tmp_path, max_rows=2):
+        for n in range(3):
+            line = {"id": f"v{n}", "vector": unit(n), "metadata": {"x": 1}}
+            service.client.post("/items", content=ndjson(line), headers=NDJSON)
+        answer = service.client.post("/items/delete", json={"filter": {"x": 1}})
+        document = problem(answer, 413, "too_many")
+        assert (document["limit"], document["setting"]) == (2, "max_rows")
+        assert "got 3" in document["detail"]
+        assert service.client.get("/info").json()["gallery"]["items"] == 43
+
+
+def test_delete__honours_the_idempotency_key(service: Any) -> None:
+    post, key = service.client.post, {"Idempotency-Key": "once"}
+    line = {"id": "a", "vector": unit(0), "metadata": {"x": 1}}
+    for wanted, other in (
+        ({"filter": {"x": 1}}, {"filter": {"x": 2}}),
+        ({"ids": ["a"]}, {"ids": ["b"]}),
+    ):
+        key = {"Idempotency-Key": f"once {wanted}"}
+        post("/items", content=ndjson(line), headers=NDJSON)
+        first = post("/items/delete", json=wanted, headers=key).json()
+        assert first["deleted"] == 1
+        post("/items", content=ndjson(line), headers=NDJSON)
+        assert post("/items/delete", json=wanted, headers=key).json() == first
+        assert service.client.get("/items/a").is_success
+        problem(post("/items/delete", json=other, headers=key), 409, "idempotency_conflict")
+        adding = post("/items", content=ndjson(line), headers={**NDJSON, **key})
+        problem(adding, 409, "idempotency_conflict")
+
+
+def test_metadata__are_kept_exactly_as_sent_or_not_at_all(service: Any) -> None:
+    kept = {
+        "": -0.0,
+        "z": 1e300,
+        "a": [True, None, {"ü\u0000": 2**64 - 1, "0": -(2**63)}],
+        "f": 0.1,
+    }
+    lines = (
+        {"id": "kept", "vector": unit(0), "metadata": kept},
+        {"id": "large", "vector": unit(0), "metadata": {"n": [2**64]}},
+        {"id": "digits", "vector": unit(0), "metadata": {"s": "1" * 30}},
+        {"id": "nul\0", "vector": unit(0)},
+    )
+    answer = service.client.post("/items", content=ndjson(*lines), headers=NDJSON).json()
+    assert answer["added"] == 2
+    assert {r["line"]: r["id"] for r in answer["rejected"]} == {2: "large", 4: "nul\0"}
+    assert "18446744073709551616 has more than 64 bits" in answer["rejected"][0]["reason"]
+    got = json.loads(service.client.get("/items/kept").text)["metadata"]
+    assert json.dumps(got) == json.dumps(kept)  # the order of the names too
+
+
+def test_list__misses_and_repeats_nothing_that_others_leave_alone(service: Any) -> None:
+    body = ndjson(*({"id": f"v{n}", "vector": unit(n % 12)} for n in range(20)))
+    service.client.post("/items", content=body, headers=NDJSON)
+    seen: list[str] = []
+    cursor, turn = "0", 0
+    while cursor is not None:
+        page = service.client.get(f"/items?limit=7&cursor={cursor}").json()
+        seen += [entry["id"] for entry in page["items"]]
+        cursor = page["next"]
+        if turn < 12:  # before and behind the cursor
+            line = ndjson({"id": f"v{turn}", "vector": unit(1)})
+            service.client.post("/items", content=line, headers=NDJSON)
+            service.client.delete(f"/items/train/{turn * 3:04d}.png")
+        turn += 1
+    untouched = [f"train/{n:04d}.png" for n in range(40) if n % 3] + [
+        f"v{n}" for n in range(12, 20)
+    ]
+    assert [item_id for item_id in seen if item_id in set(untouched)] == untouched
+    assert {f"v{n}" for n in range(12)} <= set(
+        seen
+    )  # what was written again comes at its new place
+
+
 def test_ids__may_hold_anything(service: Any) -> None:
     ids = ["delete", "a b", "ends/", "/starts", "q?x=1#y", "..", "日本", "x" * 512]
     body = ndjson(*({"id": item_id, "vector": unit(0)} for item_id in ids))
