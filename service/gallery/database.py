@@ -45,26 +45,32 @@ class Database:
         directory: the state directory, made when missing and locked for this process. None takes
             no lock and needs a URL.
         url: a postgresql:// URL; None keeps everything in a file of the directory.
+        make: False locks nothing and makes nothing: for those who only read what is there.
 
     Raises:
         GalleryError: the directory is in use or cannot be written, or there is no such database.
     """
 
-    def __init__(self, directory: Path | None, url: str | None = None) -> None:
+    def __init__(
+        self, directory: Path | None, url: str | None = None, *, make: bool = True
+    ) -> None:
         assert directory is not None or url is not None
         self.directory = directory
         # Connects to nothing yet.
         if url is None:
             assert directory is not None
             self.name = str(directory / FILE_NAME)
+            if not make and not (directory / FILE_NAME).is_file():
+                raise GalleryError(f"there is no gallery in {directory}: {FILE_NAME} is missing")
             self._engine = _sqlite(directory / FILE_NAME)
         else:
             self._engine = _postgresql(url)
             at = self._engine.url  # neither user nor password nor options
             self.name = f"postgresql://{at.host or ''}:{at.port or 5432}/{at.database}"
-        self._lock = None if directory is None else _own(directory)
+        self._lock = _own(directory) if make and directory is not None else None
         try:
-            self._make_tables()
+            if make:
+                self._make_tables()
         except BaseException:
             self.close()
             raise
