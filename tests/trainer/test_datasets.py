@@ -243,3 +243,17 @@ def test_split__without_labels_or_share_holds_nothing_out() -> None:
     labels = np.array([0, 1, 0, 1])
     assert split(None, 4, holdout=0.5, seed=0)[1].tolist() == []
     assert split(labels, 4, holdout=0, seed=0)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_class_names__are_what_the_source_calls_its_classes(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a/1.jpg"):
+        _save(tmp_path / "named" / name)
+    assert open_source(str(tmp_path / "named")).class_names == ("a", "b")
+    _save(tmp_path / "flat" / "1.png")
+    assert open_source(str(tmp_path / "flat")).class_names is None
+    lines = tmp_path / "list.txt"
+    lines.write_text("b/2.png 10\na/1.jpg 9\n")
+    listed = open_source(f"{lines}:{tmp_path / 'named'}")
+    assert listed.class_names == ("9", "10")  # by number, not by the alphabet
+    assert listed.labels is not None
+    assert listed.labels.tolist() == [1, 0]

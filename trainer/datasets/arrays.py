@@ -116,11 +116,13 @@ def _from_pictures(
     pictures: list[NDArray[np.uint8]], labels: NDArray[np.generic] | None, fingerprint: str
 ) -> ImageSource:
     width = len(str(len(pictures) - 1))
+    classes = classes_of(labels)
     return ImageSource(
         ids=tuple(str(i).zfill(width) for i in range(len(pictures))),
         pictures=pictures,
-        labels=None if labels is None else classes_of(labels),
+        labels=classes.labels,
         fingerprint=fingerprint,
+        class_names=classes.names,
     )
 
 

@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trainer.datasets.source import (
     SUFFIXES,
+    UNKNOWN_CLASSES,
+    Classes,
     DataError,
     ImageSource,
     Skipped,
@@ -46,13 +45,15 @@ def open_folder(root: Path) -> ImageSource:
             f"{root} holds no image, {other_files} other files and {len(skipped)} unusable names: "
             f"wanted files ending in {', '.join(sorted(SUFFIXES))}"
         )
+    classes = _classes_from_folders(names)
     return ImageSource(
         ids=tuple(names),
         pictures=[root / name for name in names],
-        labels=_labels_from_folders(names),
+        labels=classes.labels,
         fingerprint=digest.hexdigest(),
         skipped=tuple(skipped),
         other_files=other_files,
+        class_names=classes.names,
     )
 
 
@@ -109,12 +110,14 @@ def from_files(
         except OSError:
             size = -1  # so that the fingerprint tells when it comes back
         digest.update(f"{name}\0{size}\n".encode())
+    classes = classes_of(labels)
     return ImageSource(
         ids=tuple(names),
         pictures=[root / name for name in names],
-        labels=None if labels is None else classes_of(labels),
+        labels=classes.labels,
         fingerprint=digest.hexdigest(),
         skipped=tuple(skipped),
+        class_names=classes.names,
     )
 
 
@@ -128,10 +131,9 @@ def walk(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _labels_from_folders(names: Sequence[str]) -> NDArray[np.int64] | None:
-    """The top sub-folder of each image as its class; None where that says nothing."""
+def _classes_from_folders(names: Sequence[str]) -> Classes:
+    """The top sub-folder of each image as its class, where that says anything."""
     tops = [name.split("/")[0] if "/" in name else "" for name in names]
-    classes, labels = np.unique(tops, return_inverse=True)
-    if "" in classes or len(classes) < 2:
-        return None
-    return labels.astype(np.int64)
+    if "" in tops or len(set(tops)) < 2:
+        return UNKNOWN_CLASSES
+    return classes_of(tops)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trainer.datasets.fetch import cache_folder, fetch, shown
 from trainer.datasets.source import (
     SUFFIXES,
+    UNKNOWN_CLASSES,
+    Classes,
     DataError,
     ImageSource,
     Skipped,
@@ -101,13 +100,15 @@ def open_shards(paths: Sequence[Path], root: Path | None = None) -> ImageSource:
             f"them, {other_files} other members and {len(skipped)} unusable ones; wanted members "
             f"ending in {', '.join(sorted(SUFFIXES))}"
         )
+    named = _classes(labels)
     return ImageSource(
         ids=tuple(members),
         pictures=list(members.values()),
-        labels=_classes(labels),
+        labels=named.labels,
         fingerprint=digest.hexdigest(),
         skipped=tuple(skipped),
         other_files=other_files,
+        class_names=named.names,
     )
 
 
@@ -224,11 +225,11 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _classes(labels: Sequence[str | None]) -> NDArray[np.int64] | None:
+def _classes(labels: Sequence[str | None]) -> Classes:
     """Classes where every image has a label; numbers count, other texts go by the alphabet."""
     known = [label for label in labels if label]
     if len(known) < len(labels):
-        return None
+        return UNKNOWN_CLASSES
     if all(value.isdecimal() for value in known):
         return classes_of([int(value) for value in known])
     return classes_of(known)

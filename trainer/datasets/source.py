@@ -7,7 +7,7 @@ see it after training. No torch in this package at import: the decoding processe
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,7 @@ class ImageSource:
         fingerprint: sha256 (hex) of what was found: names and sizes, or all bytes.
         skipped: pictures that are left out from the start, before any is opened.
         other_files: how many files, or members of shards, are no images by their name.
+        class_names: C texts, what the classes are called where they come from; None as `labels`.
     """
 
     ids: tuple[str, ...]
@@ -81,6 +82,7 @@ class ImageSource:
     fingerprint: str
     skipped: tuple[Skipped, ...] = ()
     other_files: int = 0
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -192,6 +194,19 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def classes_of(values: Sequence[object] | NDArray[np.generic]) -> NDArray[np.int64]:
-    """(N,) classes 0..C-1 of N labels of any one kind, numbered in the labels' order."""
-    return np.unique(np.asarray(values), return_inverse=True)[1].astype(np.int64)
+class Classes(NamedTuple):
+    """The classes of N images; both None where they are unknown."""
+
+    labels: NDArray[np.int64] | None  # (N,) 0..C-1
+    names: tuple[str, ...] | None  # C
+
+
+UNKNOWN_CLASSES = Classes(None, None)
+
+
+def classes_of(values: Sequence[object] | NDArray[np.generic] | None) -> Classes:
+    """Classes 0..C-1 of N labels of any one kind, numbered in the labels' order."""
+    if values is None:
+        return UNKNOWN_CLASSES
+    names, labels = np.unique(np.asarray(values), return_inverse=True)
+    return Classes(labels.astype(np.int64), tuple(map(str, names.tolist())))

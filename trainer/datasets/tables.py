@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.datasets.source import DataError, ImageSource, classes_of, unusable_name
+from trainer.datasets.source import (
+    UNKNOWN_CLASSES,
+    Classes,
+    DataError,
+    ImageSource,
+    classes_of,
+    unusable_name,
+)
 from trainer.representation.preprocess import ImageRejected
 
 # pyarrow is imported by the functions that need it: it takes a fifth of a second and 50 MB, which
@@ -109,12 +116,14 @@ def open_tables(paths: Sequence[Path], root: Path) -> ImageSource:
         raise DataError(
             f"{kept[0]} and {len(kept) - 1} more files hold no row: nothing to train on"
         )
+    classes = _joined(labels)
     return ImageSource(
         ids=tuple(ids),
         pictures=cells,
-        labels=_joined(labels),
+        labels=classes.labels,
         fingerprint=digest.hexdigest(),
         other_files=len(paths) - len(kept),
+        class_names=classes.names,
     )
 
 
@@ -270,9 +279,9 @@ def _labels(column: "pyarrow.ChunkedArray") -> NDArray[np.int64] | None:
     return None if (values < 0).any() else values
 
 
-def _joined(labels: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64] | None:
+def _joined(labels: Sequence[NDArray[np.int64] | None]) -> Classes:
     known = [values for values in labels if values is not None]
-    return classes_of(np.concatenate(known)) if len(known) == len(labels) else None
+    return classes_of(np.concatenate(known)) if len(known) == len(labels) else UNKNOWN_CLASSES
 
 
 def _train_split(paths: Sequence[Path]) -> list[Path]:

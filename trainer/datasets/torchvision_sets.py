@@ -36,13 +36,15 @@ class TorchvisionSet:
     split: dict[str, Any] = field(default_factory=dict)
 
 
-def open_torchvision_set(name: str, root: Path) -> ImageSource:
-    """The training split of one of `TORCHVISION_SETS`.
+def open_torchvision_set(
+    name: str, root: Path, *, split: TorchvisionSet | None = None
+) -> ImageSource:
+    """One of `TORCHVISION_SETS`: its training split, or what `split` says in its place.
 
     Raises:
         DataError: files are missing or not those torchvision knows.
     """
-    known = TORCHVISION_SETS[name]
+    known = split or TORCHVISION_SETS[name]
     missing = [path for path in known.wanted if not (root / path).exists()]
     if missing:
         raise DataError(
