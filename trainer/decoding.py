@@ -33,6 +33,7 @@ from trainer.datasets import (
     Picture,
     Skipped,
     changed_meanwhile,
+    prepared_picture,
     reduced_picture,
 )
 from trainer.representation.preprocess import ImageRejected, InputContract
@@ -296,6 +297,50 @@ def prepare_all(
     for first, prepared in zip(firsts, chunks, strict=True):
         images[first : first + len(prepared)] = prepared
     return images
+
+
+def prepared_or_reasons(
+    source: ImageSource, contract: InputContract, pool: DecodePool
+) -> Iterator[NDArray[np.uint8] | str]:
+    """For each image in order: (S, S, 3) as `ImageSource.prepared`, or why it cannot be used.
+
+    A picture on which a decoding process dies or that takes too long is found as by `survey`.
+    """
+    function = functools.partial(_prepare_or_say, contract=contract)
+    chunks = (
+        tuple(source.pictures[first : first + EXAMINED_TOGETHER])
+        for first in range(0, len(source), EXAMINED_TOGETHER)
+    )
+    with _Examiner() as alone:
+
+        def rescue(pictures: tuple[Picture, ...]) -> list[NDArray[np.uint8] | str]:
+            found = alone.examine(_Chunk(pictures, contract.size_px, False, PICTURE_LIMIT_S))
+            return [
+                finding if isinstance(finding, str) else function((picture,))[0]
+                for picture, finding in zip(pictures, found, strict=True)
+            ]
+
+        if all(isinstance(picture, np.ndarray) for picture in source.pictures):
+            for pictures in chunks:  # pixels in memory: sending them costs more than it saves
+                yield from function(pictures)
+            return
+        for answers in pool.stream(function, chunks, rescue=rescue):
+            yield from answers
+
+
+def _prepare_or_say(
+    pictures: tuple[Picture, ...], contract: InputContract
+) -> list[NDArray[np.uint8] | str]:
+    found: list[NDArray[np.uint8] | str] = []
+    for picture in pictures:
+        try:
+            with _limited(PICTURE_LIMIT_S):
+                found.append(prepared_picture(picture, contract))
+        except ImageRejected as error:
+            found.append(str(error))
+        except OSError as error:
+            found.append(f"the file cannot be opened: {error.strerror or error}")
+    return found
 
 
 class _Chunk(NamedTuple):
