@@ -1,0 +1,308 @@
+"""What an evaluation is asked to do: pydantic models of job.json, read once at the door.
+
+In: a JSON file. Out: a frozen `Job`, or `JobError` that names the key, the value and what is
+allowed. Defaults stand here and nowhere else; each says where it comes from.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from trainer.datasets.torchvision_sets import TORCHVISION_SETS
+from trainer.representation.protocols import KNN_K, KNN_TEMPERATURE
+
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+SplitName = Annotated[str, Field(pattern="^(train|validation|test)$")]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Model = TypeVar("Model", bound="Section")
+Strength = Annotated[float, Field(gt=0, le=1e9)]  # C of a linear classifier
+
+
+class JobError(ValueError):
+    """A job that cannot be run as it is written; says which key, what it is, what is allowed."""
+
+
+def _each_once(section: Model, *names: str) -> Model:
+    for name in names:
+        values = getattr(section, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} names something twice: {list(values)}")
+    return section
+
+
+class Section(BaseModel):
+    """A part of a job: read-only, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Dataset(Section):
+    """What all kinds of data sets have."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+    root: Path
+    # share of each class that is tested on, drawn by the job's seed, where there is no test split
+    test_share: Share = 0.2
+    # share of broken images that is left out instead of ending the job
+    max_skipped: Annotated[float, Field(ge=0, lt=1)] = 0.01
+
+
+class FolderDataset(_Dataset):
+    """A folder whose sub-folders are the classes, below `train/`, `test/` or not divided."""
+
+    kind: Literal["folder"]
+    splits: dict[SplitName, str] | None = None  # sub-folders of root; None: found by their names
+
+
+class PackedDataset(_Dataset):
+    """An .npz as trainer.datasets.arrays reads it, or a folder of one for each split."""
+
+    kind: Literal["npz"]
+    splits: dict[SplitName, str] | None = None  # files below root; None: train.npz, test.npz, ...
+    label: Annotated[str, Field(min_length=1)] = "labels"  # the array of labels
+    class_names: tuple[str, ...] | None = None  # C, so that labels must be 0..C-1
+
+
+class TorchvisionDataset(_Dataset):
+    """One of torchvision's sets with its own splits; nothing is downloaded."""
+
+    kind: Literal["torchvision"]
+    set: Literal[tuple(TORCHVISION_SETS)]  # type: ignore[valid-type]
+
+
+class TableDataset(_Dataset):
+    """A CSV or parquet with a column of paths (or, in a parquet, of images) and one of labels."""
+
+    kind: Literal["table"]
+    # files below root; None: root is the one file, whose column `split` is asked if it is there
+    splits: dict[SplitName, str] | None = None
+    path: Annotated[str, Field(min_length=1)] = "path"
+    label: Annotated[str, Field(min_length=1)] = "label"
+    split: Annotated[str, Field(min_length=1)] = "split"
+    images: Path | None = None  # where paths start; None: the table's folder
+    class_names: tuple[str, ...] | None = None
+
+
+class VocDataset(_Dataset):
+    """A tree as VOC2007's: JPEGImages, Annotations, ImageSets/Main; several classes an image."""
+
+    kind: Literal["voc"]
+    splits: dict[SplitName, str] = Field(
+        default_factory=lambda: {TRAIN: "trainval", TEST: "test"}
+    )  # lists in ImageSets/Main
+    class_names: tuple[str, ...] | None = None  # None: the 20 of VOC
+
+
+class ListDataset(_Dataset):
+    """Text lists of `relative/path.jpg 12` a line, as Places205's."""
+
+    kind: Literal["list"]
+    splits: dict[SplitName, str]  # lists below root
+    images: Path | None = None  # where paths start; None: root
+    class_names: tuple[str, ...] | None = None
+
+
+class ShardDataset(_Dataset):
+    """Tar shards as WebDataset writes them, `KEY.cls` beside `KEY.jpg`."""
+
+    kind: Literal["webdataset"]
+    # patterns below root, such as train-{000..009}.tar; None: root's *.tar are not divided
+    splits: dict[SplitName, str] | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+DatasetSpec = Annotated[
+    FolderDataset
+    | PackedDataset
+    | TorchvisionDataset
+    | TableDataset
+    | VocDataset
+    | ListDataset
+    | ShardDataset,
+    Field(discriminator="kind"),
+]
+
+
+class KnnSettings(Section):
+    """The weighted vote of the nearest training images."""
+
+    # Instance discrimination's and the authors' 200; 1 and 20 are usual beside it.
+    k: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=100_000)], ...], Field(min_length=1, max_length=16)
+    ] = (KNN_K, 20, 1)
+    temperature: Annotated[float, Field(ge=0.01, le=10)] = KNN_TEMPERATURE
+    outputs: Annotated[tuple[Literal["embedding", "features"], ...], Field(min_length=1)] = (
+        "embedding",
+        "features",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> "KnnSettings":
+        return _each_once(self, "k", "outputs")
+
+
+class LinearProbeSettings(Section):
+    """One linear classifier on frozen features; trainer/README.md compares with the paper's."""
+
+    classifier: Literal["sgd", "lbfgs"] = "sgd"
+    # `features`, `embedding`, a block such as `layer4.1` pooled to the paper's grid, or
+    # `layer4.1@2` pooled to 2 x 2; each gets a classifier of its own. `blocks` stands for them all.
+    layers: Annotated[tuple[str, ...], Field(min_length=1, max_length=32)] = ("features",)
+    # sgd: the authors' linear_classification.py
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 120
+    batch_size: Annotated[int, Field(ge=2, le=65_536)] = 256
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = (50, 80, 100)
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    batch_norm: bool = True
+    # random crops (0.08, 1) and flips, encoded anew in each epoch; false: each image once, cached
+    augment: bool = False
+    # what the released code does by mistake: batch normalisation stays at its first statistics
+    official_quirks: bool = False
+    # lbfgs: scikit-learn's logistic regression, on standardised features
+    c: Annotated[tuple[Strength, ...], Field(min_length=1, max_length=64)] = (
+        1e-5,
+        1e-4,
+        1e-3,
+        1e-2,
+        1e-1,
+        1.0,
+    )
+    max_iter: Annotated[int, Field(ge=1, le=100_000)] = 100
+    # share of each training class on which C is chosen, where the set has no validation split
+    validation_share: Share = 0.2
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> "LinearProbeSettings":
+        return _each_once(self, "layers", "c")
+
+
+class Voc07Settings(Section):
+    """One linear classifier for each class of VOC07 on pooled features."""
+
+    classifier: Literal["svm", "sgd"] = "svm"
+    # svm: `features`; the authors' voc_linear.py takes the second-last block pooled to 2 x 2
+    layer: str = "features"
+    c: Annotated[tuple[Strength, ...], Field(min_length=1, max_length=64)] = (
+        0.001,
+        0.01,
+        0.1,
+        1.0,
+        10.0,
+    )
+    folds: Annotated[int, Field(ge=2, le=20)] = 3
+    # sgd: voc_linear.py
+    iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 1900
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    lr: Annotated[float, Field(gt=0, le=1000)] = 3.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    step: Annotated[int, Field(ge=1)] = 760
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> "Voc07Settings":
+        return _each_once(self, "c")
+
+
+class _Job(Section):
+    """What all jobs have."""
+
+    bundle: Path
+    dataset: DatasetSpec
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # scikit-learn takes no larger one
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"  # decoding processes
+    cache: Path | None = None  # frozen features are kept there; None: below the output folder
+
+    def as_dict(self) -> dict[str, Any]:
+        """The job as plain values, every default filled in."""
+        return self.model_dump(mode="json")
+
+    @property
+    def job_id(self) -> str:
+        """sha256 (hex) of all that decides the numbers, and where the data lie."""
+        values = {k: v for k, v in self.as_dict().items() if k not in ("workers", "cache")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class KnnJob(_Job):
+    """`knn`: nothing is trained."""
+
+    protocol: Literal["knn"]
+    settings: KnnSettings = KnnSettings()
+
+
+class LinearProbeJob(_Job):
+    """`linear_probe`: a linear classifier on frozen features."""
+
+    protocol: Literal["linear_probe"]
+    settings: LinearProbeSettings = LinearProbeSettings()
+
+
+class Voc07Job(_Job):
+    """`voc07_svm`: several classes an image, mean average precision."""
+
+    protocol: Literal["voc07_svm"]
+    settings: Voc07Settings = Voc07Settings()
+
+
+# A further protocol adds its job here, and its function in trainer.evaluation.protocols.
+Job = KnnJob | LinearProbeJob | Voc07Job
+_JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="protocol")])
+
+
+def load_job(path: Path) -> Job:
+    """Read a job.
+
+    Raises:
+        JobError: no JSON, an unknown or missing key, a value out of range.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path} cannot be read as a job: {error}") from error
+    if not isinstance(values, dict):
+        raise JobError(f"{path} must hold an object, got {type(values).__name__}")
+    return parse_job(values)
+
+
+def parse_job(values: Mapping[str, Any]) -> Job:
+    """Check plain values against the models.
+
+    Raises:
+        JobError: names each wrong key.
+    """
+    try:
+        return _JOB.validate_python(values)
+    except ValidationError as error:
+        raise JobError(
+            "; ".join(_explain(problem) for problem in error.errors(include_url=False))
+        ) from None
+
+
+def _explain(problem: Any) -> str:
+    # A union adds the tag of its branch to the location; no field is called like a tag.
+    tags = {"knn", "linear_probe", "voc07_svm", "semi_supervised", "transfer", "detection"} | {
+        "folder",
+        "npz",
+        "torchvision",
+        "table",
+        "voc",
+        "list",
+        "webdataset",
+    }
+    key = ".".join(str(part) for part in problem["loc"] if part not in tags)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"there is no key {key!r}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f"={problem['input']!r}"
+    return f"{key or 'the job'}{shown}: {message}"

@@ -1,0 +1,38 @@
+"""The table of protocols, and what holds for all of them.
+
+In: an evaluation and its job. Out: the protocol's outcome, after the trained encoder was found to
+have the bits that it had before.
+"""
+
+from typing import Any
+
+from trainer.evaluation.context import Evaluation, state_digest
+from trainer.evaluation.job import Job, KnnJob
+from trainer.evaluation.knn import knn
+from trainer.evaluation.outcome import EvaluationError, Outcome
+
+
+def run_protocol(evaluation: Evaluation, job: Job) -> tuple[Outcome, dict[str, Any]]:
+    """Run a job's protocol.
+
+    Returns:
+        the outcome, and what the report says of the encoder's bits.
+
+    Raises:
+        EvaluationError: the protocol changed the trained encoder.
+    """
+    before = state_digest(evaluation.trained.encoder)
+    outcome = _run(evaluation, job)
+    after = state_digest(evaluation.trained.encoder)
+    if before != after:
+        raise EvaluationError(
+            f"{job.protocol} changed the encoder that it evaluates: its figures are worthless; "
+            "this is a defect of the protocol"
+        )
+    return outcome, {"sha256_before": before, "sha256_after": after}
+
+
+def _run(evaluation: Evaluation, job: Job) -> Outcome:
+    if isinstance(job, KnnJob):
+        return knn(evaluation, job.settings)
+    raise EvaluationError(f"there is no protocol {job.protocol!r} yet")
