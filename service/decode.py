@@ -48,12 +48,21 @@ class DecoderUnavailable(Exception):
     """No decoder process can be started on this machine; the image itself may be fine."""
 
 
+class DecodersBusy(Exception):
+    """A large image would wait behind more than `limit` others; it may be sent again."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} large images wait already")
+        self.limit = limit
+
+
 @dataclass(frozen=True)
 class _Job:
     image: bytes
     future: Future[Pixels]
     deadline: float  # on time.monotonic
     arrived: float
+    sender: object  # jobs of one sender do not count as queueing before each other
     large: bool = False  # found to be so; it is running already in the eyes of its future
 
 
@@ -88,6 +97,11 @@ class _Lanes:
                 self._changed.wait()
             return None
 
+    def large_before(self, job: _Job) -> int:
+        """Large jobs of other senders that wait."""
+        with self._changed:
+            return sum(other.sender is not job.sender for other in self._large)
+
     def large_is_done(self) -> None:
         with self._changed:
             self._large_is_out = False
@@ -115,6 +129,7 @@ class DecoderPool:
         lifetime_images: a process is replaced after so many images.
         max_pixels: width x height allowed, read from the header.
         max_image_bytes: what the largest request may hold.
+        max_large_waiting: large images of other senders that one may wait behind.
         on_replaced: told "lifetime", "timeout" or "died" whenever a process is replaced.
         on_decoded: told the seconds that an image waited and those it took.
 
@@ -132,12 +147,14 @@ class DecoderPool:
         lifetime_images: int,
         max_pixels: int,
         max_image_bytes: int,
+        max_large_waiting: int,
         on_replaced: Callable[[str], None] = lambda reason: None,
         on_decoded: Callable[[float, float], None] = lambda waited, took: None,
     ) -> None:
         self._side = contract.size_px
         self._timeout_s = timeout_s
         self._lifetime_images = lifetime_images
+        self._max_large_waiting = max_large_waiting
         self._on_replaced = on_replaced
         self._on_decoded = on_decoded
         self._arguments = {
@@ -170,16 +187,19 @@ class DecoderPool:
         """Images that no process has taken yet."""
         return len(self._lanes)
 
-    def submit(self, image: bytes, deadline: float = math.inf) -> Future[Pixels]:
+    def submit(
+        self, image: bytes, *, deadline: float = math.inf, sender: object = None
+    ) -> Future[Pixels]:
         """Queue one image. The future may be cancelled as long as no process has taken it.
 
         Its errors: ImageRejected with a reason for the sender; TimeoutError when `deadline` (on
-        time.monotonic) passed before its turn; DecoderUnavailable.
+        time.monotonic) passed before its turn; DecodersBusy when it is large and too many large
+        ones of others than `sender` wait; DecoderUnavailable.
         """
         if self._closed:
             raise DecoderUnavailable("the decoders are shut down")
         future: Future[Pixels] = Future()
-        self._lanes.put(_Job(image, future, deadline, time.monotonic()))
+        self._lanes.put(_Job(image, future, deadline, time.monotonic(), sender))
         return future
 
     def close(self) -> None:
@@ -194,7 +214,12 @@ class DecoderPool:
 
     def _serve(self, first: "_Child") -> None:
         child: _Child | None = first
-        while (job := self._lanes.take()) is not None:
+        while True:
+            if child is None and not self._closed:
+                child = self._restarted()  # before a job is taken: another process may take it
+            job = self._lanes.take()
+            if job is None:
+                break
             try:
                 child = self._decode(job, child)
             finally:
@@ -202,6 +227,18 @@ class DecoderPool:
                     self._lanes.large_is_done()
         if child is not None:
             child.kill()
+
+    def _restarted(self) -> "_Child | None":
+        """A new process; None when there is none to be had: the next job tries again and tells."""
+        child = None
+        try:
+            child = _Child(self._arguments)
+            child.wait_until_ready()
+        except DecoderUnavailable:
+            if child is not None:
+                child.kill()
+            return None
+        return child
 
     def _decode(self, job: _Job, child: "_Child | None") -> "_Child | None":
         """Settle one job; gives the process for the next, None where it has to be started."""
@@ -231,7 +268,10 @@ class DecoderPool:
             job.future.set_exception(rejection)
         else:
             if pixels is None:
-                self._lanes.put(replace(job, large=True))
+                if self._lanes.large_before(job) >= self._max_large_waiting:
+                    job.future.set_exception(DecodersBusy(self._max_large_waiting))
+                else:
+                    self._lanes.put(replace(job, large=True))
                 return child
             job.future.set_result(pixels)
         self._on_decoded(begun - job.arrived, time.monotonic() - begun)

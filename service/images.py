@@ -8,14 +8,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.batching import Batcher, QueueFull
 from service.bodies import EncodedImages
-from service.decode import DecoderPool, DecoderUnavailable
+from service.decode import DecoderPool, DecodersBusy, DecoderUnavailable
 from service.embedder import Embedded, Embedder
 from service.errors import RETRY_AFTER_S, Problem, queue_full
 from service.observability import Metrics
@@ -77,11 +76,9 @@ class ImagePath:
         with self._admission(len(images)):
             outcomes: list[Row | ImageRejected]
             if len(images) == 1:  # no task for it
-                outcomes = [await self._embed_image(images[0], deadline)]
+                outcomes = [await self._embed_image(images[0], deadline, sender=None)]
             else:
-                outcomes = await asyncio.gather(
-                    *(self._embed_image(image, deadline) for image in images)
-                )
+                outcomes = await self._embed_together(images, deadline)
         self.metrics.images_rejected.inc(sum(isinstance(o, ImageRejected) for o in outcomes))
         return outcomes
 
@@ -105,6 +102,7 @@ class ImagePath:
             lifetime_images=settings.decoder_lifetime_images,
             max_pixels=settings.max_image_pixels,
             max_image_bytes=settings.max_body_bytes,
+            max_large_waiting=settings.max_large_waiting,
             on_replaced=lambda reason: self.metrics.decoders_replaced.labels(reason).inc(),
             on_decoded=self._observe_decode,
         )
@@ -117,14 +115,34 @@ class ImagePath:
         except QueueFull as full:
             raise queue_full("images", full.limit, "queue_size") from None
 
-    async def _embed_image(self, image: bytes | ImageRejected, deadline: float) -> Any:
+    async def _embed_together(
+        self, images: EncodedImages, deadline: float
+    ) -> list[Row | ImageRejected]:
+        sender = object()
+        tasks = [
+            asyncio.create_task(self._embed_image(image, deadline, sender=sender))
+            for image in images
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # when one of them ends the request, nobody waits for the others
+                task.cancel()
+
+    async def _embed_image(
+        self, image: bytes | ImageRejected, deadline: float, *, sender: object
+    ) -> Row | ImageRejected:
         assert self._decoders is not None
         if isinstance(image, ImageRejected):
             return image
         try:
-            pixels = await asyncio.wrap_future(self._decoders.submit(image, deadline))
+            pixels = await asyncio.wrap_future(
+                self._decoders.submit(image, deadline=deadline, sender=sender or image)
+            )
         except ImageRejected as rejection:
             return rejection
+        except DecodersBusy as busy:
+            raise queue_full("large images", busy.limit, "max_large_waiting") from None
         except DecoderUnavailable as error:
             raise Problem("decoder_unavailable", str(error), retry_after_s=RETRY_AFTER_S) from None
         return await self._batcher.submit(pixels, deadline)

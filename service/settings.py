@@ -88,13 +88,19 @@ class Settings(BaseSettings):
         description="Child processes that decode images; 0 = one per core, at most 4.",
     )
     decode_timeout_s: float = Field(
-        default=2.0,
+        default=1.4,
         gt=0,
         le=60,
         description="Wall time for one image; past it the child is killed.",
     )
     decoder_memory_bytes: int = Field(
         default=560 * MIB, ge=256 * MIB, description="Address space of a decoder process."
+    )
+    max_large_waiting: int = Field(
+        default=1,
+        ge=1,
+        description="Images of other requests that one may wait behind where each takes over "
+        "64 MiB to decode; then 429.",
     )
     decoder_lifetime_images: int = Field(
         default=5000, ge=1, description="A decoder process is replaced after so many images."

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from service import decode as decode_module
-from service.decode import DecoderPool, DecoderUnavailable
+from service.decode import DecoderPool, DecodersBusy, DecoderUnavailable
 from service.decoder_process import receive_frame
 from trainer.representation.preprocess import ImageRejected, InputContract, prepare
 
@@ -32,6 +32,7 @@ def make_pool(contract: InputContract = CONTRACT, **options: object) -> DecoderP
         "lifetime_images": 500,
         "max_pixels": 1_000_000,
         "max_image_bytes": 2**24,
+        "max_large_waiting": 4,
     }
     return DecoderPool(contract, **(defaults | options))  # type: ignore[arg-type]
 
@@ -185,11 +186,42 @@ def test_pool__large_images_are_decoded_one_at_a_time_and_small_ones_pass_them(
     assert (most[0], large_out[0]) == (1, 4)
 
 
+def test_pool__refuses_a_large_image_behind_too_many_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    real = decode_module._Child.decode
+
+    def held(child: object, *arguments: object, large: bool) -> object:
+        if large:
+            entered.set()
+            assert gate.wait(WAIT_S)
+        return real(child, *arguments, large=large)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decode_module._Child, "decode", held)
+    pool = make_pool(size=2, max_pixels=10_000_000, max_large_waiting=1)
+    alice, bob = object(), object()
+    try:
+        first = [pool.submit(large_picture(1), sender=alice)]
+        assert entered.wait(WAIT_S)
+        # Those of one sender wait together: they are before nobody else's.
+        first += [pool.submit(large_picture(shade), sender=alice) for shade in (2, 3)]
+        with pytest.raises(DecodersBusy) as busy:
+            pool.submit(large_picture(4), sender=bob).result(WAIT_S)
+        assert busy.value.limit == 1
+        gate.set()
+        assert [future.result(WAIT_S)[0, 0, 0] for future in first] == [1, 2, 3]
+        assert pool.submit(large_picture(4), sender=bob).result(WAIT_S)[0, 0, 0] == 4
+    finally:
+        gate.set()
+        pool.close()
+
+
 def test_lanes__the_oldest_that_may_start() -> None:
     lanes = decode_module._Lanes()
 
     def job(arrived: float, *, large: bool = False) -> decode_module._Job:
-        made = decode_module._Job(b"", Future(), 0.0, arrived, large)
+        made = decode_module._Job(b"", Future(), 0.0, arrived, None, large)
         lanes.put(made)
         return made
 
