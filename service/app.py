@@ -86,6 +86,7 @@ def create_app(
     )
     app.state.runtime = runtime
     policy = Policy()
+    app.add_middleware(embed.EmbedDirectly)
     app.add_middleware(LimitBodies, max_body_bytes=runtime.settings.max_body_bytes)
     app.add_middleware(Authorise, keys=keys, policy=policy)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)

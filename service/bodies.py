@@ -118,15 +118,21 @@ def parse_npy(body: bytes, dtype: str, shape: Sequence[int | None]) -> NDArray[A
         dtype: as in the header, such as "<f4".
         shape: what the array must have; None for any number.
     """
-    wanted = f"a .npy of {np.dtype(dtype).name} with shape {_shape_text(shape)}"
-    found, offset = _npy_header(body, wanted)
-    kind, fortran, got = found
+
+    def refused(found: str) -> Problem:  # put into words only when there is something to say
+        wanted = f"a .npy of {np.dtype(dtype).name} with shape {_shape_text(shape)}"
+        return Problem("invalid_request", found.format(wanted=wanted))
+
+    try:
+        (kind, fortran, got), offset = _npy_header(body)
+    except ValueError as error:
+        raise refused(f"{error}; wanted {{wanted}}") from None
     matches = len(got) == len(shape) and all(
         w in (None, g) for g, w in zip(got, shape, strict=True)
     )
     if kind != dtype or fortran or not matches:
         order = " in Fortran order" if fortran else ""
-        raise Problem("invalid_request", f"wanted {wanted}, got {kind} {_shape_text(got)}{order}")
+        raise refused(f"wanted {{wanted}}, got {kind} {_shape_text(got)}{order}")
     size = math.prod(got) * np.dtype(dtype).itemsize
     if size != len(body) - offset:
         raise Problem(
@@ -136,18 +142,16 @@ def parse_npy(body: bytes, dtype: str, shape: Sequence[int | None]) -> NDArray[A
     return np.frombuffer(body, dtype, offset=offset).reshape(got)
 
 
-def _npy_header(body: bytes, wanted: str) -> tuple[tuple[str, bool, tuple[int, ...]], int]:
+def _npy_header(body: bytes) -> tuple[tuple[str, bool, tuple[int, ...]], int]:
+    """Kind, order and shape, and where the values begin; ValueError when it cannot be read."""
     version_sizes = {1: 2, 2: 4, 3: 4}  # bytes of the header's length
     size = version_sizes.get(body[6]) if len(body) > 10 and body.startswith(_NPY_MAGIC) else None
     if size is None:
-        raise Problem("invalid_request", f"the body is no .npy file; wanted {wanted}")
+        raise ValueError("the body is no .npy file")
     offset = 8 + size + int.from_bytes(body[8 : 8 + size], "little")
     match = _NPY_HEADER.fullmatch(body[8 + size : offset])
     if match is None:
-        raise Problem(
-            "invalid_request",
-            f"the .npy header cannot be read (plain arrays only); wanted {wanted}",
-        )
+        raise ValueError("the .npy header cannot be read (plain arrays only)")
     kind, fortran, shape = match.groups()
     numbers = tuple(int(n) for n in re.findall(rb"\d+", shape))
     return (kind.decode(), fortran == b"True", numbers), offset

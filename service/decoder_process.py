@@ -22,6 +22,8 @@ SMALL_ONLY, LARGE_ALLOWED = b"I", b"L"
 READY, PIXELS, REJECTED, LARGE = b"R", b"P", b"X", b"L"
 # 16 Mpx of RGB in a PNG, any baseline JPEG (those are decoded at a fraction of their size).
 SMALL_BYTES = 64 * 2**20
+# Of the address space an interpreter with numpy and Pillow takes; not for pictures.
+OWN_BYTES = 128 * 2**20
 _LENGTH = struct.Struct("<Q")
 
 
@@ -72,6 +74,7 @@ def main(arguments: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    all_bytes = memory_bytes - OWN_BYTES
     send_frame(channel, READY, b"")
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -79,18 +82,20 @@ def main(arguments: dict[str, Any]) -> None:
             image = bytes(received)
             del received  # a large body need not be there twice
             _allow_cpu_seconds(arguments["cpu_s"])
-            most_bytes = SMALL_BYTES if asked == SMALL_ONLY else None
-            send_frame(channel, *_decode(image, contract, arguments["max_pixels"], most_bytes))
+            most_bytes = SMALL_BYTES if asked == SMALL_ONLY else all_bytes
+            kind, answer = _decode(image, contract, arguments["max_pixels"], most_bytes, all_bytes)
+            send_frame(channel, kind, answer)
 
 
 def _decode(
-    image: bytes, contract: InputContract, max_pixels: int, most_bytes: int | None
+    image: bytes, contract: InputContract, max_pixels: int, most_bytes: int, all_bytes: int
 ) -> tuple[bytes, bytes]:
     try:
         pixels = prepare(image, contract, max_pixels=max_pixels, most_bytes=most_bytes)
         return PIXELS, pixels.tobytes()
-    except LargeImage:
-        return LARGE, b""
+    except LargeImage as error:
+        if error.takes_bytes <= all_bytes:
+            return LARGE, b""
     except ImageRejected as error:
         if not isinstance(error.__cause__, MemoryError):
             return REJECTED, str(error).encode()

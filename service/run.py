@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeysError as error:
             return _fail(error)
         server = Server(app, settings, listener)
-        asyncio.run(server.serve(sockets=[listener]))
+        # uvicorn's own choice: uvloop, which asyncio.run alone would leave unused.
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
         failure = server.runtime.failure
     return 0 if failure is None else _fail(failure)
 

@@ -217,6 +217,28 @@ def test_pool__refuses_a_large_image_behind_too_many_of_others(
         pool.close()
 
 
+def test_pool__refuses_before_decoding_what_no_decoder_has_the_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    real = decode_module._Child.decode
+
+    def noted(child: object, *arguments: object, large: bool) -> object:
+        asked.append(large)
+        return real(child, *arguments, large=large)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decode_module._Child, "decode", noted)
+    pool = make_pool(memory_bytes=2**28, max_pixels=100_000_000)
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 3000)).save(buffer, "WEBP", method=0, lossless=True)  # 162 MB of 134
+    try:
+        with pytest.raises(ImageRejected, match="needs more memory"):
+            pool.submit(buffer.getvalue()).result(WAIT_S)
+    finally:
+        pool.close()
+    assert asked == [False]  # it never came to the lane of the large ones
+
+
 def test_lanes__the_oldest_that_may_start() -> None:
     lanes = decode_module._Lanes()
 

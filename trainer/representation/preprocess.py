@@ -47,7 +47,14 @@ class ImageRejected(ValueError):
 
 
 class LargeImage(ImageRejected):
-    """A picture that is fine so far, but takes more memory to decode than the caller allowed."""
+    """A picture that is fine so far, but takes more memory to decode than the caller allowed.
+
+    `takes_bytes` is about what it takes.
+    """
+
+    def __init__(self, takes_bytes: int, most_bytes: int) -> None:
+        super().__init__(f"decoding takes about {takes_bytes:,} bytes; {most_bytes:,} are allowed")
+        self.takes_bytes = takes_bytes
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,7 @@ def _decode(
         scale = least_side_px / min(width, height)
         image.draft(None, (int(np.ceil(width * scale)), int(np.ceil(height * scale))))
     if most_bytes is not None and (takes := _decoding_bytes(image, width * height)) > most_bytes:
-        raise LargeImage(f"decoding takes about {takes:,} bytes; {most_bytes:,} are allowed now")
+        raise LargeImage(takes, most_bytes)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)

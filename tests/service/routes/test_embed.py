@@ -74,6 +74,29 @@ def test_embed__takes_prepared_pixels_and_gives_npy(shared_service: Any, picture
     np.testing.assert_allclose(rows, expected, atol=1e-6)
 
 
+def test_embed__past_the_router_and_through_it_are_one(
+    shared_service: Any, picture: Picture
+) -> None:
+    pixels = prepare(picture(4), shared_service.bundle.contract)[None]
+    bodies = (npy(pixels), npy(pixels[:, :-1]), b"no array", npy(pixels)[:-1])
+    statuses = []
+    for accept in ("application/x-npy", "application/json"):
+        headers = {"Content-Type": "application/x-npy", "Accept": accept, "X-Request-Id": "same"}
+        for body in bodies:
+            direct, routed = (
+                shared_service.client.post(f"/embed{query}", content=body, headers=headers)
+                for query in ("", "?output=embedding")
+            )
+            assert direct.content == routed.content
+            assert sorted(direct.headers.items()) == sorted(routed.headers.items())
+            assert direct.status_code == routed.status_code
+            statuses.append(direct.status_code)
+    assert statuses == [200, 422, 422, 422] * 2
+    text = shared_service.client.get("/metrics").text
+    assert 'invprop_requests_total{method="POST",route="/embed",status="200"}' in text
+    assert 'route="unmatched",status="422"' not in text
+
+
 def test_embed__gives_features_when_asked(shared_service: Any, picture: Picture) -> None:
     answer = shared_service.client.post("/embed?output=features", content=picture(), headers=PNG)
     document = answer.json()
