@@ -1,12 +1,14 @@
 """Micro-batches: images of many requests share one run of the encoder, nothing waits for company.
 
 In: one prepared image at a time. Out: its row of the result. Bounded: what is admitted and not yet
-answered is counted over all requests, and whoever comes on top is refused at once. What was
+answered is counted over all requests, and whoever comes on top is refused at once, as is who would
+wait for longer than is any use. What was
 cancelled or has passed its deadline is dropped before the encoder sees it.
 """
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,38 @@ class QueueFull(Exception):
         self.limit = limit
 
 
+class WaitTooLong(Exception):
+    """Those who came before would take `expected_s`, longer than `limit_s`."""
+
+    def __init__(self, expected_s: float, limit_s: float) -> None:
+        super().__init__(f"about {expected_s:.1f} s of work wait, at most {limit_s:g} s may")
+        self.expected_s = expected_s
+        self.limit_s = limit_s
+
+
+# How far back the speed is remembered, in seconds of work.
+_REMEMBERED_S = 5.0
+# An expected wait is believed once somebody has waited for this share of what is allowed: a burst
+# on an idle service, whose speed with full batches nobody knows yet, is let in.
+_EVIDENCE = 0.25
+
+
+class _Throughput:
+    """Rows answered in a second, measured only while there is work."""
+
+    def __init__(self) -> None:
+        self._rows = 0.0
+        self._busy_s = 0.0
+
+    def count(self, rows: int, busy_s: float) -> None:
+        kept = math.exp(-busy_s / _REMEMBERED_S)
+        self._rows = self._rows * kept + rows
+        self._busy_s = self._busy_s * kept + busy_s
+
+    def seconds_for(self, rows: int) -> float:
+        return rows * self._busy_s / self._rows if self._rows else 0.0
+
+
 @dataclass
 class _Waiting(Generic[Row, Result]):
     row: Row
@@ -41,6 +75,7 @@ class Batcher(Generic[Row, Result]):
         run: rows -> as many results; called in a thread, by `workers` of them at a time.
         max_batch: rows given to one call.
         queue_size: rows admitted and not yet answered.
+        max_wait_s: rows are refused when those before them would take longer.
         workers: how many calls run at a time.
         on_batch: told the size, the seconds each row waited, and why the batch was let go:
             "full" (max_batch), "shared" (other idle workers take the rest) or "drained" (all that
@@ -55,6 +90,7 @@ class Batcher(Generic[Row, Result]):
         max_batch: int,
         queue_size: int,
         workers: int,
+        max_wait_s: float = math.inf,
         on_batch: Callable[[int, Sequence[float], str], None] = lambda size, waits, reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,7 +100,12 @@ class Batcher(Generic[Row, Result]):
         self._workers = workers
         self._on_batch = on_batch
         self._clock = clock
+        self._max_wait_s = max_wait_s
         self._admitted = 0
+        self._entries: dict[int, float] = {}  # admission -> when, the oldest first
+        self._next_entry = 0
+        self._throughput = _Throughput()
+        self._measured = 0.0  # until when the throughput has counted
         self._idle = workers
         self._queue: deque[_Waiting[Row, Result]] = deque()
         self._arrived = asyncio.Event()
@@ -94,19 +135,42 @@ class Batcher(Generic[Row, Result]):
             waiting.future.cancel()
         await asyncio.to_thread(self._threads.shutdown)
 
+    def check_room(self, count: int = 1) -> None:
+        """Whether so many rows would be admitted now.
+
+        Raises:
+            QueueFull: so many places are not free.
+            WaitTooLong: rows do wait, and those admitted would take longer than allowed.
+        """
+        if self._admitted + count > self._queue_size:
+            raise QueueFull(self._queue_size)
+        if self._entries:
+            waited = self._clock() - next(iter(self._entries.values()))
+            expected = self._throughput.seconds_for(self._admitted)
+            if waited > _EVIDENCE * self._max_wait_s and expected > self._max_wait_s:
+                raise WaitTooLong(expected, self._max_wait_s)
+
     @contextlib.contextmanager
     def admit(self, count: int) -> Iterator[None]:
         """Reserve `count` places for as long as the block runs.
 
         Raises:
-            QueueFull: so many are not free; nothing was reserved.
+            QueueFull, WaitTooLong: as `check_room`; nothing was reserved.
         """
-        if self._admitted + count > self._queue_size:
-            raise QueueFull(self._queue_size)
+        self.check_room(count)
+        entry, now = self._next_entry, self._clock()
+        self._next_entry += 1
+        if not self._entries:
+            self._measured = now  # idle until now
+        self._entries[entry] = now
         self._admitted += count
         try:
             yield
         finally:
+            now = self._clock()
+            self._throughput.count(count, now - self._measured)
+            self._measured = now
+            del self._entries[entry]
             self._admitted -= count
 
     def submit(self, row: Row, deadline: float) -> "asyncio.Future[Result]":

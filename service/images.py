@@ -6,13 +6,14 @@ or for each image why it was rejected. How many are on the path is bounded over 
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batching import Batcher, QueueFull
+from service.batching import Batcher, QueueFull, WaitTooLong
 from service.bodies import EncodedImages
 from service.decode import DecoderPool, DecodersBusy, DecoderUnavailable
 from service.embedder import Embedded, Embedder
@@ -37,6 +38,7 @@ class ImagePath:
             self._run_encoder,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
+            max_wait_s=settings.max_queue_wait_s,
             workers=settings.resolved_inference_threads() if on_cpu else 1,
             on_batch=self._observe_batch,
         )
@@ -107,13 +109,19 @@ class ImagePath:
             on_decoded=self._observe_decode,
         )
 
+    def refuse_when_full(self) -> None:
+        """Before a body is read: nobody need send or parse what could not be admitted.
+
+        Raises:
+            Problem: queue_full.
+        """
+        with _as_problems():
+            self._batcher.check_room()
+
     @contextlib.contextmanager
     def _admission(self, count: int) -> Iterator[None]:
-        try:
-            with self._batcher.admit(count):
-                yield
-        except QueueFull as full:
-            raise queue_full("images", full.limit, "queue_size") from None
+        with _as_problems(), self._batcher.admit(count):
+            yield
 
     async def _embed_together(
         self, images: EncodedImages, deadline: float
@@ -165,3 +173,20 @@ class ImagePath:
         self.metrics.batches.labels(reason).inc()
         for wait in waits:
             self.metrics.queue_duration.observe(wait)
+
+
+@contextlib.contextmanager
+def _as_problems() -> Iterator[None]:
+    try:
+        yield
+    except QueueFull as full:
+        raise queue_full("images", full.limit, "queue_size") from None
+    except WaitTooLong as wait:
+        raise Problem(
+            "queue_full",
+            f"the images before it would take about {wait.expected_s:.1f} s, longer than "
+            "`max_queue_wait_s` allows; try again shortly",
+            retry_after_s=max(RETRY_AFTER_S, math.ceil(wait.expected_s - wait.limit_s)),
+            limit=wait.limit_s,
+            setting="max_queue_wait_s",
+        ) from None

@@ -74,6 +74,13 @@ class Settings(BaseSettings):
         le=1_000_000,
         description="Images accepted and not yet embedded, over all requests; then 429.",
     )
+    max_queue_wait_s: float = Field(
+        default=2.0,
+        gt=0,
+        le=3600,
+        description="Once images wait: how long those before a further one may take, as measured; "
+        "then 429.",
+    )
     max_pending: int = Field(
         default=256, ge=1, le=100_000, description="Searches or writes waiting, each; then 429."
     )

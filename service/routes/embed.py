@@ -85,6 +85,7 @@ async def _embed(request: Request, output: Output, on_error: str) -> Response:
     runtime = runtime_of(request)
     if bodies.content_type(request) not in ACCEPTED:
         raise bodies.unsupported(request, ACCEPTED)
+    runtime.images.refuse_when_full()
     async with runtime.deadline() as deadline:
         outcomes = await _embed_body(request, runtime, deadline)
         rejected = rejections(outcomes)

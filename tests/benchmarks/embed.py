@@ -26,17 +26,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from service.embedder import OnnxEmbedder
-from tests.benchmarks.served_models import (
-    Other,
-    closed_loop,
-    form,
-    jpeg,
-    npy,
-    photo,
-    random_bundle,
-    request,
-    session,
-)
+from tests.benchmarks.served_models import Other, jpeg, photo, random_bundle, session
+from tests.benchmarks.wire import closed_loop, form, npy, request
 from tests.faults.started import Started
 from tests.service.conftest import SIDE, build_bundle
 from trainer.representation.bundle import open_bundle

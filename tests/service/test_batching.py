@@ -1,12 +1,13 @@
 """service.batching: no event loop is left waiting, nothing passes its bounds."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from service.batching import Batcher, BoundedThreads, QueueFull
+from service.batching import Batcher, BoundedThreads, QueueFull, WaitTooLong, _Throughput
 
 FAR = float("inf")
 
@@ -156,6 +157,45 @@ def test_admit__refuses_as_a_whole_what_does_not_fit() -> None:
         await batcher.close()
 
     run(check)
+
+
+def test_admit__refuses_who_would_wait_too_long_once_somebody_has_waited() -> None:
+    now = [100.0]
+
+    async def check() -> None:
+        batcher = batcher_of(
+            lambda rows: rows, queue_size=1000, max_wait_s=2.0, clock=lambda: now[0]
+        )
+        with batcher.admit(10):  # 10 rows in a second, idle before: the clock began at 100
+            now[0] += 1.0
+        now[0] += 50.0  # idle: this does not make it slower
+        with contextlib.ExitStack() as held:
+            held.enter_context(batcher.admit(15))
+            batcher.check_room()  # 1.5 s of work
+            held.enter_context(batcher.admit(10))  # a burst: 2.5 s of work, nobody has waited
+            batcher.check_room()
+            now[0] += 0.51
+            with pytest.raises(WaitTooLong) as refused:
+                batcher.check_room()
+            assert refused.value.expected_s == pytest.approx(2.5)
+            assert refused.value.limit_s == 2.0
+            with pytest.raises(WaitTooLong), batcher.admit(1):
+                raise AssertionError("admitted")
+            assert batcher.admitted == 25
+        batcher.check_room()  # nothing waits
+        await batcher.close()
+
+    run(check)
+
+
+def test_throughput__follows_what_was_measured_last() -> None:
+    throughput = _Throughput()
+    assert throughput.seconds_for(10) == 0  # nothing is known
+    throughput.count(100, 10.0)
+    assert throughput.seconds_for(10) == pytest.approx(1.0)
+    for _ in range(10):
+        throughput.count(100, 5.0)  # twice as fast for ten times what is remembered
+    assert throughput.seconds_for(10) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_batcher__hands_an_error_to_every_row_of_the_batch_and_goes_on() -> None:
