@@ -15,7 +15,7 @@ from service import bodies
 from service.bodies import EncodedImages
 from service.errors import Problem
 from service.gallery.protocol import Rows, Snapshot, Vectors
-from service.gallery.vectors import as_unit
+from service.gallery.vectors import as_unit, as_unit_rows
 from service.runtime import Runtime
 from service.schemas import GroupsRequest, NeighboursRequest
 from trainer.representation.preprocess import ImageRejected
@@ -31,6 +31,11 @@ class Queries:
     snapshot: Snapshot
     vectors: Vectors  # (B, D) unit length
     rows: Rows  # (B,) row of an item, -1 for what came as image or vector
+
+    @property
+    def by_id(self) -> bool:
+        """Whether the queries are items."""
+        return bool(len(self.rows)) and bool(self.rows[0] >= 0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,10 @@ def _parse_json(body: bytes, model: type[Options], runtime: Runtime) -> tuple[Op
 
 
 def _unit_rows(values: Sequence[Any] | Vectors, dim: int) -> Vectors:
-    rows = []
+    together = as_unit_rows(values, dim)
+    if together is not None:
+        return together
+    rows = []  # one of them is wrong: which?
     for index, value in enumerate(values):
         try:
             rows.append(as_unit(value, dim))

@@ -61,7 +61,8 @@ class NeighboursRequest(_Query):
     filter: MetadataFilter = Field(default_factory=dict)
     exact: bool | None = Field(
         default=None,
-        description="Exact search; this version is always exact, and the answer says so.",
+        description="true: look at every item. Otherwise a large gallery is searched through an "
+        "index that finds nearly all of the nearest; the answer says which it was.",
     )
     include: list[Literal["metadata", "vector"]] = Field(default_factory=list)
 
@@ -187,7 +188,7 @@ class NeighboursAnswer(BaseModel):
 
     model: str
     gallery_version: int
-    exact: bool
+    exact: bool = Field(description="Every item was looked at.")
     results: list[list[Neighbour]]
 
 

@@ -13,8 +13,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from service.gallery.approximate import Bits
 from service.gallery.protocol import Filter, Found, Item, Page, Rows, Vectors
-from service.gallery.records import Records
+from service.gallery.records import Records, join, none_of
 from service.gallery.segment import Segment, nearest, score_error
 
 EXTRA_CANDIDATES = 8  # proposed beyond k at the first try, so that near ties are seen whole
@@ -120,11 +121,35 @@ class FaissSnapshot:
         more = first + limit < len(rows)
         return Page(chosen, int(self.seqs(chosen[-1:])[0]) if more else None)
 
+    def take(self, rows: Rows) -> Records:
+        """Ascending rows as columns."""
+        parts = []
+        for segment, first in zip(self.segments, self.firsts.tolist(), strict=False):
+            inside = rows[(rows >= first) & (rows < first + len(segment))] - first
+            whole = len(inside) == len(segment)
+            parts.append(segment.records if whole else segment.records.take(inside))
+        return join([none_of(self.dim), *parts])
+
+    @property
+    def num_bytes(self) -> int:
+        """What the index takes in memory; see Segment.num_bytes."""
+        return sum(segment.num_bytes for segment in self.segments)
+
     def search(
-        self, queries: Vectors, k: int, *, exclude: Rows | None = None, among: Rows | None = None
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        exclude: Rows | None = None,
+        among: Rows | None = None,
+        exact: bool = True,
     ) -> Found:
-        """The k items most similar to each query, exactly; see protocol.Snapshot.search."""
+        """The k items most similar to each query; see protocol.Snapshot.search."""
         queries = np.ascontiguousarray(queries, np.float32)
+        if not exact and among is None and self.segments:
+            first = self.segments[0]
+            if first.approximate is not None:
+                return self._approximately(first, queries, k, exclude)
         best = _Best(queries, k, exclude)
         if among is not None and len(among) < GATHERED_SHARE * len(self.dead):
             for start in range(0, len(among), _BLOCK_ROWS):
@@ -137,8 +162,63 @@ class FaissSnapshot:
             allowed[among] = True
         for segment, first in zip(self.segments, self.firsts.tolist(), strict=False):
             mine = None if allowed is None else allowed[first : first + len(segment)]
-            best.take(_Part(segment.candidates, segment.records.vectors, first, None, mine))
+            best.take(_part_of(segment, first, mine))
         return best.found
+
+    def _approximately(
+        self, first: Segment, queries: Vectors, k: int, exclude: Rows | None
+    ) -> Found:
+        """What the index of the first segment finds, and the best of all other rows."""
+        assert first.approximate is not None
+        left_out = None if exclude is None or (exclude < 0).all() else exclude
+        count = min(k if left_out is None else k + 1, len(first))
+        similarities, rows = first.approximate.search(
+            queries,
+            count,
+            # What is dead is met on the way like the living: more has to be looked at.
+            effort=first.effort * len(first) // max(1, self._living_of_first),
+            allowed=self._allowed,
+        )
+        np.clip(similarities, -1, 1, out=similarities)
+        similarities[rows < 0] = -np.inf
+        plain = left_out is None and len(self.segments) == 1 and count == k
+        if left_out is not None:
+            own = rows == left_out[:, None]
+            rows[own], similarities[own] = -1, -np.inf
+        if len(self.segments) > 1:
+            best = _Best(queries, k, exclude)
+            for segment, start in zip(self.segments[1:], self.firsts[1:].tolist(), strict=False):
+                live = ~self.dead[start : start + len(segment)]
+                best.take(_part_of(segment, start, live))
+            rows = np.concatenate([rows, best.found.rows], axis=1)
+            similarities = np.concatenate([similarities, best.found.similarities], axis=1)
+        if not plain or (similarities[:, 1:] == similarities[:, :-1]).any():
+            order = np.lexsort((rows, -similarities), axis=1)[:, :k]
+            rows = np.take_along_axis(rows, order, axis=1)
+            similarities = np.take_along_axis(similarities, order, axis=1)
+        wanted = min(k, len(self) - (left_out is not None))
+        short = np.flatnonzero((rows >= 0).sum(axis=1) < wanted)
+        if len(short):  # a graph whose near nodes are dead may give fewer
+            of = None if exclude is None else exclude[short]
+            found = self.search(queries[short], k, exclude=of)
+            if rows.shape[1] < k:
+                return self.search(queries, k, exclude=exclude)
+            rows[short], similarities[short] = found.rows, found.similarities
+        if rows.shape[1] < k:
+            missing = ((0, 0), (0, k - rows.shape[1]))
+            rows = np.pad(rows, missing, constant_values=-1)
+            similarities = np.pad(similarities, missing, constant_values=-np.inf)
+        return Found(rows, similarities, exact=False)
+
+    @cached_property
+    def _living_of_first(self) -> int:
+        return int((~self.dead[: len(self.segments[0])]).sum())
+
+    @cached_property
+    def _allowed(self) -> Bits | None:
+        """Which rows of the first segment live, as bits; None: all of them."""
+        dead = self.dead[: len(self.segments[0])]
+        return np.packbits(~dead, bitorder="little") if dead.any() else None
 
     def _rows_until(self, seq: int, rows: Rows) -> int:
         """How many of these ascending rows were written up to a sequence number."""
@@ -173,14 +253,23 @@ class _Part:
     first: int  # row of the snapshot of the first one ...
     rows: Rows | None  # ... or the row of each
     allowed: Mask | None  # (n,) which of them count; None: all do
+    error: float  # of the candidates' scores
 
     def numbers(self, inside: Rows) -> Rows:
         """Rows of the snapshot."""
         return inside + self.first if self.rows is None else self.rows[inside]
 
 
+def _part_of(segment: Segment, first: int, allowed: Mask | None) -> _Part:
+    vectors = segment.records.vectors
+    return _Part(segment.candidates, vectors, first, None, allowed, segment.error)
+
+
 def _gathered(rows: Rows, vectors: Vectors) -> _Part:
-    return _Part(lambda q, count: nearest(q, vectors, count), vectors, 0, rows, None)
+    def candidates(queries: Vectors, count: int) -> tuple[Vectors, Rows]:
+        return nearest(queries, vectors, count)
+
+    return _Part(candidates, vectors, 0, rows, None, score_error(vectors.shape[1]))
 
 
 class _Best:
@@ -215,7 +304,7 @@ class _Best:
             if count >= size:
                 self._merge(places, part, inside, rows, usable)
                 return
-            whole = scores[:, -1] < self._floor(places, scores, usable) - 2 * self._error
+            whole = scores[:, -1] < self._floor(places, scores, usable) - 2 * part.error
             if whole.all():
                 self._merge(places, part, inside, rows, usable)
                 return

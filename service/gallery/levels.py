@@ -17,6 +17,9 @@ from service.gallery.segment import Segment
 SMALL_ROWS = 4096  # a last segment up to here is made anew with every change
 MAX_DEAD = 512  # dead rows that a segment keeps ...
 DEAD_SHARE = 4  # ... or its rows / this, where that is more
+# Segments are not merged beyond this while a change waits (about 50 ms at 128 dimensions), and
+# larger ones keep their dead rows until the upkeep makes them anew.
+MERGED_ROWS = 131_072
 
 
 def advance(old: FaissSnapshot, *, gone: Rows, fresh: Records, version: int) -> FaissSnapshot:
@@ -50,7 +53,32 @@ def advance(old: FaissSnapshot, *, gone: Rows, fresh: Records, version: int) -> 
     )
 
 
+def adopt(current: FaissSnapshot, built: Segment, built_at: int) -> FaissSnapshot:
+    """The current snapshot with a segment that was made of all its items as of an older version.
+
+    Args:
+        built_at: the version of the snapshot whose live rows `built` holds.
+    """
+    live = current.rows()
+    seqs = current.seqs(live)
+    older = int(np.searchsorted(seqs, built_at, side="right"))
+    place = np.searchsorted(built.records.seqs, seqs[:older])
+    dead = np.ones(len(built), bool)
+    dead[place] = False
+    assert older == 0 or (built.records.seqs[place] == seqs[:older]).all(), "not of this gallery"
+    fresh = current.take(live[older:])
+    segments = [built] if len(built) else []
+    if len(fresh):
+        segments.append(Segment.of(fresh))
+        dead = np.concatenate([dead, np.zeros(len(fresh), bool)])
+    return FaissSnapshot(
+        current.version, current.dim, current.gpu, tuple(segments), dead, int(dead.sum())
+    )
+
+
 def _joins(segment: Segment, size: int) -> bool:
+    if segment.kind != "flat" or len(segment) + size > MERGED_ROWS:
+        return False
     return len(segment) < SMALL_ROWS or len(segment) < 2 * size
 
 
@@ -61,7 +89,8 @@ def _live(segment: Segment, dead: Mask) -> Records:
 def _cleared(segment: Segment, dead: Mask, gpu: Any) -> tuple[Segment, Mask]:
     """Without its dead rows where they are many."""
     count = int(dead.sum())
-    if count <= max(MAX_DEAD, len(segment) // DEAD_SHARE):
+    kept_whole = segment.kind != "flat" or len(segment) > MERGED_ROWS
+    if kept_whole or count <= max(MAX_DEAD, len(segment) // DEAD_SHARE):
         return segment, dead
     records = _live(segment, dead)
     on = gpu if len(records) >= SMALL_ROWS else None

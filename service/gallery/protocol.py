@@ -42,6 +42,7 @@ class Found(NamedTuple):
 
     rows: Rows  # (B, K) int64 rows of the snapshot, best first, -1 where there are fewer
     similarities: Vectors  # (B, K) float32 in [-1, 1], descending, -inf where the row is -1
+    exact: bool = True  # every item was looked at
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,21 @@ class Snapshot(Protocol):
         ...
 
     def search(
-        self, queries: Vectors, k: int, *, exclude: Rows | None = None, among: Rows | None = None
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        exclude: Rows | None = None,
+        among: Rows | None = None,
+        exact: bool = True,
     ) -> Found:
-        """The k items most similar to each query, exactly.
+        """The k items most similar to each query.
 
         Args:
             queries: (B, D) float32 of unit length.
             exclude: (B,) a row each query leaves out, -1 for none.
-            among: only these rows count; None for all.
+            among: only these rows count; None for all. Searched exactly.
+            exact: False lets an index choose what it looks at, where the gallery has one.
 
         Returns:
             similarity descending, equal similarities in the order of the rows (the order in which

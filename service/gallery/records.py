@@ -96,10 +96,17 @@ def records_of(
     )
 
 
+def none_of(dim: int) -> Records:
+    """No rows."""
+    return records_of(vectors=np.empty((0, dim), np.float32), ids=[], metadata=[], seqs=[])
+
+
 def join(parts: Sequence[Records]) -> Records:
-    """Records one after the other."""
-    if len(parts) == 1:
-        return parts[0]
+    """Records one after the other; without a copy where one part alone has rows."""
+    filled = [p for p in parts if len(p)]
+    if len(filled) < 2:
+        return filled[0] if filled else parts[0]
+    parts = filled
     shifts = np.cumsum([0, *(len(p.metadata.data) for p in parts)])
     ends = [p.metadata.ends[1:] + shift for p, shift in zip(parts, shifts[:-1], strict=True)]
     return Records(

@@ -44,6 +44,38 @@ def as_unit(values: Sequence[float] | Any, dim: int) -> Vectors:
     return cast(Vectors, exact.astype(np.float32))
 
 
+def as_unit_rows(values: Sequence[Any] | Any, dim: int) -> Vectors | None:
+    """Bring n vectors to float32 of unit length at once, as `as_unit` does one by one.
+
+    Args:
+        values: n >= 1 vectors of `dim` numbers.
+
+    Returns:
+        (n, dim); None when one of them is none: `as_unit` says which and why.
+    """
+    if not isinstance(values, np.ndarray):
+        try:
+            rows = [np.asarray(value) for value in values]
+        except ValueError:  # lists of different lengths
+            return None
+        if any(row.dtype.kind not in "fiu" or row.shape != (dim,) for row in rows):
+            return None
+        values = np.stack(rows)
+    given = np.asarray(values)
+    if given.dtype.kind not in "fiu" or given.ndim != 2 or given.shape[1] != dim:
+        return None
+    exact = given.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # seen as an infinite length below
+        lengths = np.sqrt(np.square(exact).sum(axis=1))
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
+            return None
+        off = np.abs(lengths - 1) > UNIT_KEPT
+    if off.any():
+        exact[off] /= lengths[off, None]
+        return cast(Vectors, exact.astype(np.float32))
+    return np.ascontiguousarray(given, np.float32)
+
+
 def cosine(queries: Vectors, vectors: Vectors) -> Vectors:
     """(n, D), (n, D) of unit length -> (n,) float32 in [-1, 1], summed in float64."""
     products = np.einsum("nd,nd->n", queries.astype(np.float64), vectors.astype(np.float64))

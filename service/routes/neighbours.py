@@ -31,7 +31,11 @@ async def neighbours(request: Request) -> Response:
     commas). A query by id leaves that item out.
 
     With `Accept: application/x-npz` the answer holds the arrays `ids` (n, k) and `similarities`
-    (n, k); a row that is shorter than others ends in empty ids and NaN.
+    (n, k); a row that is shorter than others ends in empty ids and NaN. The header `X-Exact` says
+    what `exact` says in JSON: whether every item was looked at.
+
+    A large gallery is searched through an index that finds nearly all of the nearest; `exact: true`
+    looks at every item, and so does a `filter`.
     """
     runtime = runtime_of(request)
     model = runtime.embedder.model_id
@@ -48,36 +52,49 @@ def _answer(model: str, options: NeighboursRequest, queries: Queries, as_npz: bo
     snapshot = queries.snapshot
     among = snapshot.matching(filter_of(options.filter)) if options.filter else None
     k = min(options.k, max(1, len(snapshot)))
-    found = snapshot.search(queries.vectors, k, exclude=queries.rows, among=among)
+    found = snapshot.search(
+        queries.vectors,
+        k,
+        exclude=queries.rows if queries.by_id else None,
+        among=among,
+        exact=options.exact is True,
+    )
     if as_npz:
-        headers = {"X-Model-Id": model, "X-Gallery-Version": str(snapshot.version)}
+        headers = {
+            "X-Model-Id": model,
+            "X-Gallery-Version": str(snapshot.version),
+            "X-Exact": "true" if found.exact else "false",
+        }
         return npz_response(_arrays(queries, found), headers)
     results = []
     for rows, similarities in zip(found.rows, found.similarities, strict=True):
-        hits = []
-        for row, similarity in zip(rows[rows >= 0], similarities, strict=False):
-            item = snapshot.item(int(row))
-            hit: dict[str, Any] = {"id": item.id, "similarity": similarity}
-            if "metadata" in options.include:
-                hit["metadata"] = item.metadata
-            if "vector" in options.include:
-                hit["vector"] = item.vector
-            hits.append(hit)
+        rows = rows[rows >= 0]
+        hits: list[dict[str, Any]] = [
+            {"id": item_id, "similarity": similarity}
+            for item_id, similarity in zip(snapshot.ids(rows), similarities, strict=False)
+        ]
+        if options.include:
+            for row, hit in zip(rows.tolist(), hits, strict=True):
+                item = snapshot.item(row)
+                if "metadata" in options.include:
+                    hit["metadata"] = item.metadata
+                if "vector" in options.include:
+                    hit["vector"] = item.vector
         results.append(hits)
-    answer = {"model": model, "gallery_version": snapshot.version, "exact": True}
+    answer = {"model": model, "gallery_version": snapshot.version, "exact": found.exact}
     return json_response(json_bytes({**answer, "results": results}))
 
 
 def _arrays(queries: Queries, found: Found) -> dict[str, Any]:
     present = found.rows >= 0
     width = int(present.sum(axis=1).max(initial=0))
+    if present.all():
+        ids = queries.snapshot.ids(found.rows.reshape(-1)).reshape(found.rows.shape)
+        return {"ids": ids.astype(np.str_), "similarities": found.similarities}
     ids = np.full((len(found.rows), width), "", np.object_)
     ids[present[:, :width]] = queries.snapshot.ids(found.rows[present])
-    similarities = np.where(present, found.similarities, np.nan)[:, :width]
-    return {
-        "ids": ids.astype(np.str_),
-        "similarities": similarities.astype(np.float32),
-    }
+    similarities = np.where(present, found.similarities, np.float32(np.nan))[:, :width]
+    return {"ids": ids.astype(np.str_), "similarities": similarities}
 
 
 def filter_of(given: dict[str, FilterValue]) -> Filter:

@@ -1,69 +1,30 @@
 """service.gallery.faiss_index: exact whatever the segments, the dead rows, the ties."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
-import orjson
 import pytest
 from numpy.typing import NDArray
 
 from service.gallery import faiss_index
+from service.gallery.choice import Choice, Kind
 from service.gallery.faiss_index import FaissSnapshot
-from service.gallery.records import Records, records_of
+from service.gallery.records import Records
 from service.gallery.segment import Segment
 
 Units = Callable[..., NDArray[np.float32]]
-
-
-def records(vectors: NDArray[np.float32], first: int = 0) -> Records:
-    numbers = range(first, first + len(vectors))
-    return records_of(
-        vectors=vectors,
-        ids=[f"i{n}" for n in numbers],
-        metadata=[orjson.dumps({"n": n, "even": n % 2 == 0}) for n in numbers],
-        seqs=np.asarray(numbers) + 1,
-    )
-
-
-def snapshot(
-    vectors: NDArray[np.float32], *, cuts: Sequence[int] = (), dead: Sequence[int] = ()
-) -> FaissSnapshot:
-    """Cut into segments before each of the rows `cuts`."""
-    gone = np.zeros(len(vectors), bool)
-    gone[list(dead)] = True
-    bounds = sorted({0, *cuts, len(vectors)})
-    segments = [Segment.of(records(vectors[a:b], a)) for a, b in itertools.pairwise(bounds)]
-    return FaissSnapshot(
-        len(vectors), vectors.shape[1], None, tuple(segments), gone, num_dead=len(dead)
-    )
-
-
-def brute_force(
-    queries: NDArray[np.float32],
-    vectors: NDArray[np.float32],
-    k: int,
-    allowed: NDArray[np.bool_],
-    exclude: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The plain answer: every cosine in float64, sorted; equal ones by row."""
-    rows = np.full((len(queries), k), -1)
-    similarities = np.full((len(queries), k), -np.inf, np.float32)
-    for place, query in enumerate(queries):
-        cosines = (vectors.astype(np.float64) * query).sum(axis=1).clip(-1, 1).astype(np.float32)
-        usable = allowed.copy()
-        if exclude is not None and exclude[place] >= 0:
-            usable[exclude[place]] = False
-        best = [r for r in np.lexsort((np.arange(len(vectors)), -cosines)) if usable[r]][:k]
-        rows[place, : len(best)] = best
-        similarities[place, : len(best)] = cosines[best]
-    return rows, similarities
+Make = Callable[..., FaissSnapshot]
+Plain = Callable[..., tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 
 @pytest.mark.parametrize("batch", [1, 30])  # 30 queries of 24 dimensions: faiss multiplies matrices
 @pytest.mark.parametrize("cuts", [[], [1], [150], [100, 150, 190]])
-def test_search__equals_brute_force(random_units: Units, batch: int, cuts: list[int]) -> None:
+def test_search__equals_brute_force(
+    random_units: Units, batch: int, cuts: list[int], snapshot: Make, brute_force: Plain
+) -> None:
     vectors, queries = random_units(200, 24), random_units(batch, 24, 1)
     dead = [0, 3, 77, 120, *range(150, 190)] if cuts else []
     exclude = np.arange(batch, dtype=np.int64) * 3 - 1  # -1, 2, 5, ...
@@ -77,7 +38,11 @@ def test_search__equals_brute_force(random_units: Units, batch: int, cuts: list[
 
 @pytest.mark.parametrize("share", [0.0, 1.1])  # in the segments, or in a copy of the rows
 def test_search__among_some_rows_gives_as_many_as_there_are(
-    random_units: Units, monkeypatch: pytest.MonkeyPatch, share: float
+    random_units: Units,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    snapshot: Make,
+    brute_force: Plain,
 ) -> None:
     monkeypatch.setattr(faiss_index, "_BLOCK_ROWS", 16)
     monkeypatch.setattr(faiss_index, "GATHERED_SHARE", share)
@@ -97,7 +62,7 @@ def test_search__among_some_rows_gives_as_many_as_there_are(
 
 @pytest.mark.parametrize("most", [4096, 16])  # proposed by faiss, or all of them looked at
 def test_search__orders_equal_items_by_writing_however_many_there_are(
-    random_units: Units, monkeypatch: pytest.MonkeyPatch, most: int
+    random_units: Units, monkeypatch: pytest.MonkeyPatch, most: int, snapshot: Make
 ) -> None:
     monkeypatch.setattr(faiss_index, "MAX_CANDIDATES", most)
     monkeypatch.setattr(faiss_index, "_RESCORE_FLOATS", 128)  # 16 vectors at a time
@@ -113,7 +78,7 @@ def test_search__orders_equal_items_by_writing_however_many_there_are(
 
 
 def test_search__among_the_least_similar_finds_all_that_are_asked_for(
-    random_units: Units, monkeypatch: pytest.MonkeyPatch
+    random_units: Units, monkeypatch: pytest.MonkeyPatch, snapshot: Make, brute_force: Plain
 ) -> None:
     monkeypatch.setattr(faiss_index, "MAX_CANDIDATES", 64)
     vectors = random_units(500, 8)
@@ -126,7 +91,7 @@ def test_search__among_the_least_similar_finds_all_that_are_asked_for(
     np.testing.assert_array_equal(found.similarities, similarities)
 
 
-def test_search__orders_near_ties_as_float64_does() -> None:
+def test_search__orders_near_ties_as_float64_does(snapshot: Make, brute_force: Plain) -> None:
     generator = np.random.default_rng(0)
     near = 1 + generator.standard_normal((400, 256)) * 1e-4  # cosines differ by less than float32
     vectors = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32)
@@ -136,20 +101,20 @@ def test_search__orders_near_ties_as_float64_does() -> None:
         np.testing.assert_array_equal(found.rows, rows)
 
 
-def test_search__of_an_empty_gallery_finds_nothing() -> None:
+def test_search__of_an_empty_gallery_finds_nothing(snapshot: Make) -> None:
     found = snapshot(np.empty((0, 4), np.float32)).search(np.eye(4, dtype=np.float32), 3)
     assert (found.rows == -1).all()
     assert (found.similarities == -np.inf).all()
 
 
-def test_row__is_none_for_the_dead_and_the_unknown(random_units: Units) -> None:
+def test_row__is_none_for_the_dead_and_the_unknown(random_units: Units, snapshot: Make) -> None:
     small = snapshot(random_units(6, 4), cuts=[4], dead=[1])
     assert [small.row(f"i{n}") for n in range(7)] == [0, None, 2, 3, 4, 5, None]
     assert len(small) == 5
     assert small.item(5).metadata == {"n": 5, "even": False}
 
 
-def test_page__walks_through_everything_once(random_units: Units) -> None:
+def test_page__walks_through_everything_once(random_units: Units, snapshot: Make) -> None:
     small = snapshot(random_units(10, 4), cuts=[7], dead=[0, 3])
     seen, after = [], 0
     while True:
@@ -178,10 +143,90 @@ def test_page__walks_through_everything_once(random_units: Units) -> None:
     ],
 )
 def test_matching__compares_as_json_does(
-    random_units: Units, wanted: dict[str, list[object]], rows: list[int]
+    random_units: Units, wanted: dict[str, list[object]], rows: list[int], snapshot: Make
 ) -> None:
     assert snapshot(random_units(4, 4), cuts=[3]).matching(wanted).tolist() == rows
 
 
 def test_blas_threshold__is_set() -> None:
     assert faiss.cvar.distance_compute_blas_threshold == 800
+
+
+def segment_of(kind: Kind, directory: Path) -> Callable[[Records], Segment]:
+    effort = {"flat": 0, "flat-fp16": 0, "hnsw": 64, "ivf": 12}[kind]
+    return lambda records: Segment.indexed(records, Choice(kind, effort), directory=directory)
+
+
+@pytest.mark.parametrize("kind", ["flat", "flat-fp16", "hnsw", "ivf"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_search__of_every_kind_equals_brute_force_where_it_says_exact(
+    tmp_path: Path, clustered: Units, snapshot: Make, brute_force: Plain, kind: Kind, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    vectors = clustered(700, seed=seed)
+    vectors[300:320] = vectors[299]  # ties
+    dead = np.sort(generator.choice(700, 150, replace=False)).tolist()
+    small = snapshot(vectors, cuts=[600, 680], dead=dead, first=segment_of(kind, tmp_path))
+    queries = np.concatenate([vectors[299:301], clustered(12, seed=seed + 10)])
+    exclude = np.where(np.arange(14) % 3 == 0, 299, -1)
+    live = np.ones(700, bool)
+    live[dead] = False
+    for k in (1, 10, 560):
+        rows, similarities = brute_force(queries, vectors, k, live, exclude)
+        found = small.search(queries, k, exclude=exclude)
+        assert found.exact
+        np.testing.assert_array_equal(found.rows, rows)
+        np.testing.assert_array_equal(found.similarities, similarities)
+        among = small.matching({"even": [True]})
+        rows, _ = brute_force(queries, vectors, k, live & (np.arange(700) % 2 == 0), exclude)
+        found = small.search(queries, k, exclude=exclude, among=among, exact=False)
+        assert found.exact  # a filter is always searched exactly
+        np.testing.assert_array_equal(found.rows, rows)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+@pytest.mark.parametrize(
+    ("cuts", "dead"), [([], []), ([600], []), ([600, 680], range(0, 700, 5)), ([], range(650))]
+)
+def test_search__approximately_finds_nearly_all_and_never_fewer(
+    tmp_path: Path,
+    clustered: Units,
+    snapshot: Make,
+    brute_force: Plain,
+    kind: Kind,
+    cuts: list[int],
+    dead: Any,
+) -> None:
+    vectors, queries = clustered(700), clustered(40, seed=5)
+    small = snapshot(vectors, cuts=cuts, dead=list(dead), first=segment_of(kind, tmp_path))
+    live = np.ones(700, bool)
+    live[list(dead)] = False
+    exclude = np.full(40, -1)
+    exclude[::2] = np.flatnonzero(live)[7]
+    for k, left_out in ((10, None), (10, exclude), (60, None), (60, exclude), (1000, exclude)):
+        found = small.search(queries, k, exclude=left_out, exact=False)
+        rows, _ = brute_force(queries, vectors, k, live, left_out)
+        counts = (found.rows >= 0).sum(axis=1)
+        np.testing.assert_array_equal(counts, (rows >= 0).sum(axis=1))
+        hits = [len(set(a[a >= 0]) & set(b)) for a, b in zip(rows, found.rows, strict=True)]
+        assert sum(hits) >= 0.95 * counts.sum()
+        if left_out is not None:
+            assert not (found.rows == left_out[:, None])[left_out >= 0].any()
+        present = found.rows >= 0
+        assert live[found.rows[present]].all()
+        assert (found.similarities[:, 1:] <= found.similarities[:, :-1]).all()
+        products = np.einsum("bkd,bd->bk", vectors[found.rows], queries)
+        np.testing.assert_allclose(
+            found.similarities[present], products[present].clip(-1, 1), atol=1e-3
+        )
+        assert np.abs(found.similarities[present]).max() <= 1
+
+
+def test_search__says_that_it_was_approximate(
+    tmp_path: Path, clustered: Units, snapshot: Make
+) -> None:
+    vectors = clustered(300)
+    small = snapshot(vectors, first=segment_of("hnsw", tmp_path))
+    assert not small.search(vectors[:2], 3, exact=False).exact
+    assert small.search(vectors[:2], 3).exact
+    assert snapshot(vectors).search(vectors[:2], 3, exact=False).exact  # there is nothing else

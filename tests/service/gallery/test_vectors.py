@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.gallery.vectors import as_unit, cosine
+from service.gallery.vectors import as_unit, as_unit_rows, cosine
 
 
 def test_as_unit__brings_numbers_to_length_1() -> None:
@@ -48,3 +48,32 @@ def test_cosine__stays_within_its_range() -> None:
     row = np.float32([[0.70710683, 0.70710683]])  # a little longer than 1
     assert cosine(row, row)[0] == np.float32(1)
     assert cosine(row, -row)[0] == np.float32(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_as_unit_rows__gives_what_as_unit_gives_one_by_one(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal((50, 7)).astype(np.float32)
+    rows[::2] /= np.linalg.norm(rows[::2], axis=1, keepdims=True)  # kept bit for bit
+    for given in (rows, rows.tolist(), rows[::2], np.arange(1, 15).reshape(2, 7)):
+        found = as_unit_rows(given, 7)
+        assert found is not None
+        np.testing.assert_array_equal(found, np.stack([as_unit(row, 7) for row in given]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [1.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0],
+        [np.nan, 1.0, 0.0],
+        [1e308, 1e308, 1e308],
+        ["a", 0.0, 1.0],
+        [True, False, True],
+        3.0,
+        None,
+    ],
+)
+def test_as_unit_rows__leaves_it_to_as_unit_to_name_what_is_wrong(wrong: object) -> None:
+    assert as_unit_rows([[1.0, 0.0, 0.0], wrong], 3) is None
