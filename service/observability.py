@@ -137,6 +137,22 @@ class Metrics:
         self.index_vectors = Gauge(
             "invprop_index_vectors", "Items in the gallery", registry=registry
         )
+        self.index_bytes = Gauge(
+            "invprop_index_bytes",
+            "Memory of the search index: vectors, graph, metadata",
+            ["kind"],
+            registry=registry,
+        )
+        self.generation_seq = Gauge(
+            "invprop_generation_seq",
+            "Sequence number of the last change in the newest generation on disk",
+            registry=registry,
+        )
+        self.log_damaged = Gauge(
+            "invprop_log_damaged",
+            "1 when the log was found to be damaged: searches go on, changes are refused",
+            registry=registry,
+        )
         self.gallery_version = Gauge(
             "invprop_gallery_version", "Sequence number of the last change", registry=registry
         )

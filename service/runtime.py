@@ -20,6 +20,7 @@ from service.batching import BoundedThreads, QueueFull
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError, OnnxEmbedder
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
+from service.gallery.choice import SearchOptions
 from service.gallery.logged import LoggedGallery
 from service.gallery.protocol import (
     Applied,
@@ -199,6 +200,12 @@ class Runtime:
                 retry_after_s=5,
             ) from None
 
+    def generation(self) -> dict[str, Any]:
+        """What /info says of the gallery's snapshots on disk."""
+        if not isinstance(self._gallery, LoggedGallery):
+            return {}
+        return {"generation": self._gallery.generation_seq}
+
     def database(self) -> dict[str, Any]:
         """What /info says of where the gallery is kept; nothing of a gallery that was given."""
         if not isinstance(self._gallery, LoggedGallery):
@@ -252,6 +259,11 @@ class Runtime:
                     settings.state,
                     bundle,
                     url=settings.database_url(),
+                    search=SearchOptions(
+                        settings.resolved_search_memory_bytes(),
+                        settings.exact_items,
+                        settings.snapshot_every,
+                    ),
                     follow_interval_s=settings.follow_interval_s,
                     max_staleness_s=settings.max_staleness_s,
                     max_pending=settings.max_pending,
@@ -262,6 +274,9 @@ class Runtime:
         if isinstance(self._gallery, LoggedGallery):
             self.metrics.gallery_staleness.set_function(self._gallery.staleness_s)
             self.metrics.gallery_lag.set_function(self._gallery.lag)
+            gallery = self._gallery
+            self.metrics.generation_seq.set_function(lambda: gallery.generation_seq)
+            self.metrics.log_damaged.set_function(lambda: gallery.is_damaged)
         self._gallery.on_change(self._report_snapshot)
         self._report_snapshot(self._gallery.snapshot())
         self.metrics.build_info.labels(
@@ -274,6 +289,9 @@ class Runtime:
     def _report_snapshot(self, snapshot: Snapshot) -> None:
         self.metrics.index_vectors.set(len(snapshot))
         self.metrics.gallery_version.set(snapshot.version)
+        index = snapshot.index()
+        self.metrics.index_bytes.clear()
+        self.metrics.index_bytes.labels(index["index"]).set(index["bytes"])
 
     async def _close(self) -> None:
         if self._images is not None:

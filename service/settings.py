@@ -4,6 +4,7 @@ In: environment variables INVPROP_... or keyword arguments (the command line pas
 frozen `Settings`; an unknown name or a value out of range is a validation error that names it.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Literal, Self
@@ -64,6 +65,24 @@ class Settings(BaseSettings):
         ge=0,
         le=256,
         description="Searches at a time, one thread each; also parses bodies.",
+    )
+    exact_items: int = Field(
+        default=200_000,
+        ge=0,
+        description="Up to so many items every search looks at all of them; past it through an "
+        "index, unless a request says `exact` or filters.",
+    )
+    search_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="What the search index may keep in memory, vectors included; 0 = half of the "
+        "memory that this process may have.",
+    )
+    snapshot_every: int = Field(
+        default=50_000,
+        ge=1,
+        description="Changed items between two generations (snapshots of the gallery on disk); "
+        "a stop writes one too.",
     )
     max_batch: int = Field(
         default=32, ge=1, le=1024, description="Images in one run of the encoder."
@@ -191,6 +210,10 @@ class Settings(BaseSettings):
         """The number behind `search_threads` on this machine."""
         return self.search_threads or usable_cores()
 
+    def resolved_search_memory_bytes(self) -> int:
+        """The number behind `search_memory_bytes` on this machine."""
+        return self.search_memory_bytes or usable_memory_bytes() // 2
+
     def resolved_decoder_processes(self) -> int:
         """The number behind `decoder_processes` on this machine."""
         return self.decoder_processes or min(4, usable_cores())
@@ -199,6 +222,15 @@ class Settings(BaseSettings):
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def usable_memory_bytes() -> int:
+    """Memory of the machine, or of the container where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max", or another version of cgroups
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 # What /info tells a client about limits, and the setting that each one comes from.

@@ -47,6 +47,20 @@ def memory_bytes(kind: Kind, items: int, dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class SearchOptions:
+    """What an operator chooses.
+
+    allowed_bytes: what the index may keep in memory, vectors included.
+    exact_items: up to so many items search is exact.
+    snapshot_every: operations between two generations on disk.
+    """
+
+    allowed_bytes: int = 2**63
+    exact_items: int = EXACT_ITEMS
+    snapshot_every: int = 50_000
+
+
+@dataclass(frozen=True)
 class Policy:
     """What the choice depends on beside the gallery.
 

@@ -5,7 +5,7 @@ Out: neighbours in an order that does not depend on how the rows are cut into se
 or on the device: faiss only proposes candidates, their cosines are computed again in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -55,6 +55,13 @@ class FaissSnapshot:
     def device(self) -> str:
         """Where the large segments are searched."""
         return "cpu" if self.gpu is None else "gpu"
+
+    def index(self) -> Mapping[str, Any]:
+        """How a search without `exact` is done; see protocol.Snapshot."""
+        kind, effort = "flat", 0
+        if self.segments:
+            kind, effort = self.segments[0].kind, self.segments[0].effort
+        return {"index": kind, "exact": not effort, "effort": effort, "bytes": self.num_bytes}
 
     def __len__(self) -> int:
         return len(self.dead) - self.num_dead

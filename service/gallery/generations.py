@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -58,13 +58,6 @@ class Origin:
     operation: int  # checksum of that operation: a log that was restored may differ from there on
 
 
-class Generation(NamedTuple):
-    """What was read."""
-
-    snapshot: FaissSnapshot
-    origin: Origin
-
-
 class Generations:
     """The generations of one log.
 
@@ -95,7 +88,7 @@ class Generations:
         *,
         choose: Callable[[int], Choice],
         gpu: Any = None,
-    ) -> Generation | None:
+    ) -> FaissSnapshot | None:
         """The newest generation that verifies and belongs to the log; others are removed.
 
         Args:
@@ -181,7 +174,7 @@ def _read(
     belongs: Callable[[Origin], str | None],
     choose: Callable[[int], Choice],
     gpu: Any,
-) -> Generation:
+) -> FaissSnapshot:
     manifest = read_manifest(path)
     facts = orjson.loads(_verified(path, manifest, _FACTS, np.uint8, mapped=False).tobytes())
     if facts["schema"] != SCHEMA:
@@ -215,10 +208,9 @@ def _read(
             segments.append(Segment.indexed(part, choice, gpu=gpu, directory=path.parent))
         else:
             segments.append(Segment.of(part))
-    snapshot = FaissSnapshot(
+    return FaissSnapshot(
         origin.seq, origin.dim, gpu, tuple(segments), dead, num_dead=int(dead.sum())
     )
-    return Generation(snapshot, origin)
 
 
 def _records(path: Path, manifest: dict[str, Any], dim: int, *, mapped: bool) -> Records:

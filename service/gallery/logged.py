@@ -6,6 +6,7 @@ synchronised), makes the next snapshot, swaps it in by reference, and only then 
 nothing waits it looks what others have written. Readers take the reference and never wait.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ import orjson
 import structlog
 
 from service.gallery.changes import Plan, columns, imported, replay
+from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
 from service.gallery.faiss_index import FaissSnapshot
 from service.gallery.levels import advance
@@ -37,6 +39,7 @@ from service.gallery.protocol import (
     TooManyMatches,
 )
 from service.gallery.rows import Operation, Remembered
+from service.gallery.upkeep import Grown, Upkeep
 from trainer.representation.bundle import Bundle
 
 # Requests written in one transaction: one synchronisation (about 7 ms) is shared by so many.
@@ -44,6 +47,7 @@ GROUP_REQUESTS = 64
 _DAMAGE_NOTE = "restart the service when the log is mended"
 
 _Waiting = tuple[Change, "Future[Applied]"]
+_Replacing = tuple[Grown, "Future[None]"]  # of the snapshot, by one that holds the same items
 _log = structlog.get_logger("service.gallery")
 
 
@@ -56,6 +60,7 @@ class LoggedGallery:
         bundle: whose vectors these are; its gallery is imported into an empty database.
         url: of a database that holds the log in place of a file of the directory.
         log: a log of that database other than the active gallery's.
+        search: which index the items get, and how often it is kept on disk.
         max_pending: changes that may wait.
         idempotency_ttl_s: how long a key is remembered.
         follow_interval_s: how often a database that others write to is looked at.
@@ -73,6 +78,7 @@ class LoggedGallery:
         *,
         url: str | None = None,
         log: OperationsLog | None = None,
+        search: SearchOptions | None = None,
         max_pending: int = 256,
         idempotency_ttl_s: float = 86_400.0,
         follow_interval_s: float = 0.2,
@@ -87,7 +93,8 @@ class LoggedGallery:
         self._max_staleness_s = max_staleness_s
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._remembered: dict[str, Remembered] = {}
-        self._queue: queue.Queue[_Waiting | None] = queue.Queue(max_pending)
+        self._search = search or SearchOptions()
+        self._queue: queue.Queue[_Waiting | _Replacing | None] = queue.Queue(max_pending)
         self._failure: Exception | None = None
         self._unreachable: str | None = None  # why the database is, while it is
         self._in_step_at = time.monotonic()
@@ -104,6 +111,7 @@ class LoggedGallery:
         except BaseException:
             self._release()
             raise
+        self._upkeep.start(self._snapshot)
 
     def snapshot(self) -> FaissSnapshot:
         """The newest acknowledged state."""
@@ -167,14 +175,26 @@ class LoggedGallery:
             )
         return None
 
+    @property
+    def generation_seq(self) -> int:
+        """The last operation in the newest generation on disk, 0 when there is none."""
+        return self._upkeep.generation_seq
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the log was found to be damaged; searches go on."""
+        return isinstance(self._failure, GalleryError)
+
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """Call `listener` with every new snapshot; see protocol.Gallery."""
         self._listeners.append(listener)
 
     def close(self) -> None:
         """Finish what is queued and release the log and the lock."""
+        self._upkeep.stop()
         self._queue.put(None)
         self._writer.join()
+        self._upkeep.close(self._snapshot)
         self._release()
 
     def _release(self) -> None:
@@ -185,6 +205,20 @@ class LoggedGallery:
         snapshot = self._snapshot
         row = snapshot.row(item_id)
         return None if row is None else int(snapshot.seqs(np.asarray([row]))[0])
+
+    def _replace(self, grown: Grown) -> "Future[None]":
+        """Have the writer apply a function to its snapshot."""
+        done: Future[None] = Future()
+        while not self._upkeep.is_stopping:
+            with contextlib.suppress(queue.Full):
+                self._queue.put((grown, done), timeout=0.2)
+                break
+        return done
+
+    def _damaged(self, error: Exception) -> None:
+        """The log was read again and is not what it was: nothing is added to it any more."""
+        _log.error("log_damaged", cause=str(error))
+        self._failure = error
 
     # What follows runs in the writer thread.
 
@@ -215,22 +249,29 @@ class LoggedGallery:
         started = time.perf_counter()
         log.check_end()
         self._remembered = {entry.key: entry for entry in log.remembered()}
-        records = replay(log.replay(), self._bundle.embedding_dim)
+        self._upkeep = Upkeep(
+            log, self._search, gpu=self._gpu, replace=self._replace, on_damage=self._damaged
+        )
+        snapshot = self._upkeep.newest()
+        if snapshot is None:
+            records = replay(log.replay(), self._bundle.embedding_dim)
+            snapshot = FaissSnapshot.of(records, log.last_seq, gpu=self._gpu)
+        else:
+            snapshot = self._advanced(list(log.replay(snapshot.version)), snapshot)
         _log.info(
             "gallery_loaded",
-            items=len(records),
+            items=len(snapshot),
             gallery_version=log.last_seq,
+            generation=self._upkeep.generation_seq,
             database=self.database.version,
             duration_s=round(time.perf_counter() - started, 3),
         )
-        return FaissSnapshot.of(records, log.last_seq, gpu=self._gpu)
+        return snapshot
 
     def _next_group(self) -> list[_Waiting] | None:
         """The next changes; none of them when it is time to look what others wrote; None: end."""
         try:
-            first = self._queue.get(
-                timeout=self._follow_interval_s if self.database.is_shared else None
-            )
+            first = self._next_entry(self._follow_interval_s if self.database.is_shared else None)
         except queue.Empty:
             return []
         if first is None:
@@ -238,7 +279,7 @@ class LoggedGallery:
         group = [first]
         while len(group) < GROUP_REQUESTS:
             try:
-                entry = self._queue.get_nowait()
+                entry = self._next_entry(0)
             except queue.Empty:
                 break
             if entry is None:
@@ -246,6 +287,24 @@ class LoggedGallery:
                 break
             group.append(entry)
         return [entry for entry in group if entry[1].set_running_or_notify_cancel()]
+
+    def _next_entry(self, timeout_s: float | None) -> _Waiting | None:
+        """The next change, None for the end; what replaces the snapshot is done on the way.
+
+        Raises:
+            queue.Empty: nothing came in that time.
+        """
+        while True:
+            entry = self._queue.get(block=timeout_s != 0, timeout=timeout_s or None)
+            if entry is None or isinstance(entry[0], Change):
+                return entry
+            grown, done = entry
+            try:
+                self._publish(grown(self._snapshot))
+            except Exception as error:  # noqa: BLE001 - handed to whoever asked for it
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _commit(self, group: list[_Waiting]) -> None:
         outcomes: list[Applied | Exception]
@@ -344,9 +403,11 @@ class LoggedGallery:
             _log.error("gallery_failed", exc_info=error)
             self._failure = error
 
-    def _advanced(self, operations: Sequence[tuple[int, Operation]]) -> FaissSnapshot:
-        """The snapshot after operations that others have written."""
-        snapshot = self._snapshot
+    def _advanced(
+        self, operations: Sequence[tuple[int, Operation]], snapshot: FaissSnapshot | None = None
+    ) -> FaissSnapshot:
+        """The snapshot, ours by default, after operations that others have written."""
+        snapshot = self._snapshot if snapshot is None else snapshot
         if not operations:
             return snapshot
         plan = Plan(snapshot, snapshot.version)
@@ -359,6 +420,7 @@ class LoggedGallery:
             self._snapshot = snapshot
             for listener in self._listeners:
                 listener(snapshot)
+            self._upkeep.notice(snapshot)
 
     def _advance(self, old: FaissSnapshot, plan: Plan) -> FaissSnapshot:
         """The snapshot after the plan."""

@@ -75,6 +75,19 @@ class OperationsLog:
                 raise self.miscounted(part[-1][0] if part else after)
             after = part[-1][0]
 
+    def checksum(self, seq: int) -> int:
+        """The checksum of one operation.
+
+        Raises:
+            GalleryError: the operation is damaged or missing.
+            StorageError: the database is gone.
+        """
+        with self.database.reading() as connection:
+            found = list(read_operations(connection, self.gallery, after=seq - 1, limit=1))
+        if not found:
+            raise self.miscounted(seq - 1)
+        return found[0][1].checksum(self.gallery, seq)
+
     def check_end(self) -> None:
         """Compare the gallery's row with the last operation that there is.
 

@@ -121,6 +121,10 @@ class Snapshot(Protocol):
         """Where exact search runs: "cpu" or "gpu"."""
         ...
 
+    def index(self) -> Mapping[str, Any]:
+        """How a search without `exact` is done: `index` (kind), `exact`, `effort`, `bytes`."""
+        ...
+
     def __len__(self) -> int:
         """Number of items."""
         ...

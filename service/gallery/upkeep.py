@@ -5,19 +5,24 @@ for, and generations. One thread of low priority; neither readers nor the writer
 """
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
 
 import faiss
 import structlog
 
 from service.gallery.approximate import Stopped
-from service.gallery.choice import Choice, Policy
+from service.gallery.choice import Choice, Policy, SearchOptions
 from service.gallery.faiss_index import FaissSnapshot
-from service.gallery.generations import Generations, Origin
+from service.gallery.generations import DIRECTORY, Generations, Origin
 from service.gallery.levels import DEAD_SHARE, MERGED_ROWS, adopt
+from service.gallery.oplog import OperationsLog
+from service.gallery.protocol import GalleryError, StorageError
 from service.gallery.segment import Segment
 
 # Rows that lie outside the index before it is built anew ...
@@ -31,34 +36,40 @@ _log = structlog.get_logger("service.gallery")
 
 
 class Upkeep:
-    """The thread; made before the first snapshot, started with it.
+    """The thread; asked for the newest generation first, then started with the first snapshot.
 
     Args:
-        generations: where they are kept.
-        policy: which index a gallery gets.
-        every: operations between two generations.
+        log: what the generations are of.
+        options: which index, how often a generation.
+        gpu: faiss' resources, where there is a GPU.
         replace: has the writer apply a function to its snapshot; done when it is published.
-        origin_of: what the generation of a version belongs to; reads the log.
-        scrub: reads what a start from a generation did not; None when it read everything.
+        on_damage: told that a part of the log that no start has read is damaged.
     """
 
     def __init__(
         self,
-        generations: Generations,
-        policy: Policy,
+        log: OperationsLog,
+        options: SearchOptions,
         *,
-        every: int,
+        gpu: Any,
         replace: Callable[[Grown], "Future[None]"],
-        origin_of: Callable[[int], Origin],
-        scrub: Callable[[Callable[[], bool]], None] | None,
+        on_damage: Callable[[Exception], None],
     ) -> None:
-        self._generations = generations
-        self._policy = policy
-        self._every = every
+        self._operations = log
+        self._gpu = gpu
+        self._policy = Policy(
+            options.allowed_bytes,
+            options.exact_items,
+            cagra=gpu is not None and hasattr(faiss, "GpuIndexCagra"),
+        )
+        self._every = options.snapshot_every
+        # A tool that opens a database without a state directory keeps nothing.
+        state = log.database.directory
+        self._generations = Generations(state / DIRECTORY / log.log_id) if state else None
         self._replace = replace
-        self._origin_of = origin_of
-        self._scrub = scrub
+        self._on_damage = on_damage
         self._written = 0  # the version of the newest generation
+        self._read = 0  # ... and of the one that was read
         self._newest: FaissSnapshot | None = None
         self._stopping = False
         self._wait_until = 0.0  # after a failure
@@ -70,11 +81,37 @@ class Upkeep:
         """The last operation in the newest generation, 0 when there is none."""
         return self._written
 
-    def start(self, snapshot: FaissSnapshot, *, written: int) -> None:
-        """Begin; `written` is the version of the generation that was read, 0 for none."""
-        self._written = written
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopping
+
+    def newest(self) -> FaissSnapshot | None:
+        """The newest generation on disk that verifies and is of this log.
+
+        Raises:
+            GalleryError: the log is damaged at its last operation.
+            StorageError: the database is gone.
+        """
+        if self._generations is None:
+            return None
+        found = self._generations.newest(
+            self._strange, choose=lambda items: self._policy.choose(items, self._dim), gpu=self._gpu
+        )
+        if found is not None:
+            self._written = self._read = found.version
+        return found
+
+    def start(self, snapshot: FaissSnapshot) -> None:
+        """Begin with the first snapshot."""
         self._newest = snapshot
         self._thread.start()
+
+    def stop(self) -> None:
+        """Begin nothing new."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
 
     def notice(self, snapshot: FaissSnapshot) -> None:
         """There is a new snapshot."""
@@ -84,19 +121,64 @@ class Upkeep:
 
     def close(self, snapshot: FaissSnapshot) -> None:
         """Stop, and write what no generation holds yet; `snapshot` is the last one."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        self.stop()
         if self._thread.ident is not None:
             self._thread.join()
-        if snapshot.version > self._written:
-            self._write(snapshot)
+        if self._generations is not None and snapshot.version > self._written:
+            self._write(self._generations, snapshot)
+
+    @property
+    def _dim(self) -> int:
+        return self._operations.gallery.dim
+
+    def _origin(self, seq: int) -> Origin:
+        gallery, checksum = self._operations.gallery, self._operations.checksum(seq)
+        return Origin(gallery.log_id, gallery.model_id, gallery.dim, seq, checksum)
+
+    def _strange(self, origin: Origin) -> str | None:
+        """Why a generation is not of this log."""
+        gallery = self._operations.gallery
+        if (origin.log_id, origin.model_id, origin.dim) != (
+            gallery.log_id,
+            gallery.model_id,
+            gallery.dim,
+        ):
+            return f"it is of log {origin.log_id}"
+        if origin.seq > self._operations.last_seq:
+            return f"the log ends at seq {self._operations.last_seq}: it was restored"
+        if origin != self._origin(origin.seq):
+            return f"the log has another operation at seq {origin.seq}: it was restored"
+        return None
+
+    def _scrub(self) -> None:
+        """Read what the start did not: the log behind the generation."""
+        started = time.perf_counter()
+        while self._read and not self._stopping:
+            try:
+                for seq, _ in self._operations.replay():
+                    if self._stopping or seq >= self._read:
+                        break
+            except GalleryError as error:
+                self._on_damage(error)
+                return
+            except StorageError as error:
+                if not self._operations.database.is_shared:
+                    self._on_damage(error)
+                    return
+                with self._changed:  # the server is away
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
+                continue
+            _log.info(
+                "log_verified",
+                seq=self._read,
+                duration_s=round(time.perf_counter() - started, 3),
+            )
+            return
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-        if self._scrub is not None:
-            self._scrub(self._stops)
+        self._scrub()
         while True:
             with self._changed:
                 while not self._stopping and (task := self._task()) is None:
@@ -126,8 +208,9 @@ class Upkeep:
         choice = self._policy.choose(len(snapshot), snapshot.dim)
         if _wants_index(snapshot, choice):
             return lambda: self._index(snapshot, choice)
-        if snapshot.version - self._written >= self._every:
-            return lambda: self._write(snapshot)
+        store = self._generations
+        if store is not None and snapshot.version - self._written >= self._every:
+            return lambda: self._write(store, snapshot)
         return None
 
     def _index(self, snapshot: FaissSnapshot, choice: Choice) -> None:
@@ -140,12 +223,15 @@ class Upkeep:
                 allowed_bytes=self._policy.allowed_bytes,
             )
         records = snapshot.take(snapshot.rows())
-        self._generations.directory.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.gettempdir())
+        if self._generations is not None:
+            directory = self._generations.directory
+            directory.mkdir(parents=True, exist_ok=True)
         built = Segment.indexed(
             records,
             choice,
             gpu=snapshot.gpu,
-            directory=self._generations.directory,
+            directory=directory,
             stopping=self._stops,
         )
         if snapshot.segments:  # what was filtered by will be filtered by
@@ -162,12 +248,13 @@ class Upkeep:
             duration_s=round(time.perf_counter() - started, 3),
         )
 
-    def _write(self, snapshot: FaissSnapshot) -> None:
+    def _write(self, store: Generations, snapshot: FaissSnapshot) -> None:
         started = time.perf_counter()
         try:
-            self._generations.write(snapshot, self._origin_of(snapshot.version))
-        except OSError as error:  # a full disk, mostly: the log has everything
-            _log.error("generation_not_written", seq=snapshot.version, reason=error.strerror)
+            store.write(snapshot, self._origin(snapshot.version))
+        except (OSError, StorageError, GalleryError) as error:
+            # A full disk, mostly. The log has everything.
+            _log.error("generation_not_written", seq=snapshot.version, reason=str(error))
             self._wait_until = time.monotonic() + RETRY_S
             return
         self._written = snapshot.version

@@ -39,9 +39,10 @@ async def info(request: Request) -> Response:
             "variants": manifest.get("variants", {}),
             "speed": runtime.speed,
             "search": {
-                "index": "flat, inner product, float32",
-                "exact": True,
+                **snapshot.index(),
                 "device": snapshot.device,
+                "exact_items": settings.exact_items,
+                **runtime.generation(),
                 "max_k": MAX_K,
                 "max_group_k": MAX_GROUP_K,
                 "max_group_steps": MAX_GROUP_STEPS,

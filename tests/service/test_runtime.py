@@ -63,6 +63,9 @@ class NoGallery:
     def on_change(self, listener: Any) -> None:
         pass
 
+    def index(self) -> dict[str, Any]:
+        return {"index": "flat", "exact": True, "effort": 0, "bytes": 0}
+
     def __len__(self) -> int:
         return 0
 

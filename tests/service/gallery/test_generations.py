@@ -27,8 +27,7 @@ def ours(found: Origin) -> str | None:
 
 
 def newest(generations: Generations, choice: Choice = FLAT) -> FaissSnapshot | None:
-    found = generations.newest(ours, choose=lambda items: choice)
-    return None if found is None else found.snapshot
+    return generations.newest(ours, choose=lambda items: choice)
 
 
 def names(generations: Generations) -> list[str]:
