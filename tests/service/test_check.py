@@ -154,6 +154,7 @@ def test_check__of_snapshots(state: Path, capsys: pytest.CaptureFixture[str]) ->
         write_artifact(path, {"facts.json": json.dumps({"origin": origin}).encode()}, {})
         return path
 
+    shutil.rmtree(state / "generations")  # which the service wrote
     path = write(40, log_id, crc32)
     assert main(["--state", str(state)]) == 0
     assert "1 snapshots on disk" in capsys.readouterr().out
@@ -181,4 +182,5 @@ def test_check__that_cannot_be_made(
     assert "is in use by process" in capsys.readouterr().err
     gallery.close()
     assert main(["--state", str(tmp_path / "state")]) == 0
-    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["lock", FILE_NAME]
+    left = sorted(p.name for p in (tmp_path / "state").iterdir())
+    assert left == ["generations", "lock", FILE_NAME]  # nothing but what the service wrote
