@@ -67,7 +67,8 @@ class Policy:
     allowed_bytes: what the index may keep in memory.
     exact_items: up to so many items search is exact.
     cagra: there is a GPU, and faiss can build such a graph on it.
-    tuned: what was measured to be best on this gallery; taken where it fits.
+    tuned: what was measured to be best on this gallery; taken where it fits, and is exact or not
+        as the number of items asks for.
     """
 
     allowed_bytes: int
@@ -77,8 +78,13 @@ class Policy:
 
     def choose(self, items: int, dim: int) -> Choice:
         """The index for a gallery of so many items."""
-        if self.tuned is not None and self._fits(self.tuned.kind, items, dim):
-            return self.tuned
+        tuned = self.tuned
+        if (
+            tuned is not None
+            and tuned.is_exact == (items <= self.exact_items)
+            and self._fits(tuned.kind, items, dim)
+        ):
+            return tuned
         order: tuple[Kind, ...] = ("flat", "flat-fp16")
         if items > self.exact_items:
             order = ("cagra", "hnsw", "ivf") if self.cagra else ("hnsw", "ivf")

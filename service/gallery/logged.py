@@ -206,7 +206,7 @@ class LoggedGallery:
         row = snapshot.row(item_id)
         return None if row is None else int(snapshot.seqs(np.asarray([row]))[0])
 
-    def _replace(self, grown: Grown) -> "Future[None]":
+    def _replaced(self, grown: Grown) -> "Future[None]":
         """Have the writer apply a function to its snapshot."""
         done: Future[None] = Future()
         while not self._upkeep.is_stopping:
@@ -250,7 +250,7 @@ class LoggedGallery:
         log.check_end()
         self._remembered = {entry.key: entry for entry in log.remembered()}
         self._upkeep = Upkeep(
-            log, self._search, gpu=self._gpu, replace=self._replace, on_damage=self._damaged
+            log, self._search, gpu=self._gpu, replaced=self._replaced, on_damage=self._damaged
         )
         snapshot = self._upkeep.newest()
         if snapshot is None:

@@ -89,6 +89,10 @@ class Segment:
     def __len__(self) -> int:
         return len(self.records)
 
+    def with_effort(self, effort: int) -> "Segment":
+        """The same rows and index, looked at with another effort."""
+        return replace(self, effort=effort)
+
     @property
     def kind(self) -> Kind:
         """What the rows are searched with."""

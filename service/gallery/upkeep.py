@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from service.gallery.levels import DEAD_SHARE, MERGED_ROWS, adopt
 from service.gallery.oplog import OperationsLog
 from service.gallery.protocol import GalleryError, StorageError
 from service.gallery.segment import Segment
+from service.gallery.tuning import read_tuning
 
 # Rows that lie outside the index before it is built anew ...
 OUTSIDE_ROWS = 16_384
@@ -42,7 +44,7 @@ class Upkeep:
         log: what the generations are of.
         options: which index, how often a generation.
         gpu: faiss' resources, where there is a GPU.
-        replace: has the writer apply a function to its snapshot; done when it is published.
+        replaced: has the writer apply a function to its snapshot; done when it is published.
         on_damage: told that a part of the log that no start has read is damaged.
     """
 
@@ -52,21 +54,22 @@ class Upkeep:
         options: SearchOptions,
         *,
         gpu: Any,
-        replace: Callable[[Grown], "Future[None]"],
+        replaced: Callable[[Grown], "Future[None]"],
         on_damage: Callable[[Exception], None],
     ) -> None:
         self._operations = log
         self._gpu = gpu
+        self._learned = False
         self._policy = Policy(
             options.allowed_bytes,
             options.exact_items,
             cagra=gpu is not None and hasattr(faiss, "GpuIndexCagra"),
         )
+        self._state = state = log.database.directory
         self._every = options.snapshot_every
         # A tool that opens a database without a state directory keeps nothing.
-        state = log.database.directory
         self._generations = Generations(state / DIRECTORY / log.log_id) if state else None
-        self._replace = replace
+        self._have_replaced = replaced
         self._on_damage = on_damage
         self._written = 0  # the version of the newest generation
         self._read = 0  # ... and of the one that was read
@@ -95,15 +98,14 @@ class Upkeep:
         """
         if self._generations is None:
             return None
-        found = self._generations.newest(
-            self._strange, choose=lambda items: self._policy.choose(items, self._dim), gpu=self._gpu
-        )
+        found = self._generations.newest(self._strange, choose=self._choose, gpu=self._gpu)
         if found is not None:
             self._written = self._read = found.version
         return found
 
     def start(self, snapshot: FaissSnapshot) -> None:
         """Begin with the first snapshot."""
+        self._learn(len(snapshot))
         self._newest = snapshot
         self._thread.start()
 
@@ -126,6 +128,18 @@ class Upkeep:
             self._thread.join()
         if self._generations is not None and snapshot.version > self._written:
             self._write(self._generations, snapshot)
+
+    def _learn(self, items: int) -> None:
+        """Take over what was measured, once the number of items is known."""
+        if self._learned or self._state is None:
+            return
+        self._learned = True
+        tuned = read_tuning(self._state, self._operations.gallery, items)
+        self._policy = replace(self._policy, tuned=tuned)
+
+    def _choose(self, items: int) -> Choice:
+        self._learn(items)
+        return self._policy.choose(items, self._dim)
 
     @property
     def _dim(self) -> int:
@@ -236,7 +250,7 @@ class Upkeep:
         )
         if snapshot.segments:  # what was filtered by will be filtered by
             built.postings.prepare(snapshot.segments[0].postings.fields())
-        done = self._replace(lambda current: adopt(current, built, snapshot.version))
+        done = self._have_replaced(lambda current: adopt(current, built, snapshot.version))
         while not self._stopping and not _is_done(done):
             pass
         _log.info(

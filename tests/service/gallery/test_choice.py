@@ -29,9 +29,11 @@ def test_choose__by_items_and_memory(
 
 def test_choose__takes_what_was_measured_where_it_fits() -> None:
     tuned = Choice("hnsw", 37)
-    assert Policy(LOTS, exact_items=1000, tuned=tuned).choose(10, 128) == tuned
-    small = Policy(memory_bytes("hnsw", 10, 128) - 1, exact_items=1000, tuned=tuned)
-    assert small.choose(10, 128).kind == "flat"
+    assert Policy(LOTS, exact_items=9, tuned=tuned).choose(10, 128) == tuned
+    small = Policy(memory_bytes("hnsw", 10, 128) - 1, exact_items=9, tuned=tuned)
+    assert small.choose(10, 128).kind == "ivf"
+    # So few items are searched exactly, whatever was measured when they were more.
+    assert Policy(LOTS, exact_items=10, tuned=tuned).choose(10, 128).kind == "flat"
 
 
 def test_choose__takes_the_gpus_graph_where_there_is_one() -> None:

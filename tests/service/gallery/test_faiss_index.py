@@ -184,6 +184,19 @@ def test_search__of_every_kind_equals_brute_force_where_it_says_exact(
         np.testing.assert_array_equal(found.rows, rows)
 
 
+def test_search__in_half_precision_orders_what_halves_cannot_tell_apart(
+    tmp_path: Path, snapshot: Make, brute_force: Plain
+) -> None:
+    generator = np.random.default_rng(0)
+    near = 1 + generator.standard_normal((600, 64)) * 0.02  # cosines differ by 0.0004
+    vectors = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32)
+    small = snapshot(vectors, first=segment_of("flat-fp16", tmp_path))
+    rows, similarities = brute_force(vectors[:20], vectors, 5, np.ones(600, bool))
+    found = small.search(vectors[:20], 5)
+    np.testing.assert_array_equal(found.rows, rows)
+    np.testing.assert_array_equal(found.similarities, similarities)
+
+
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
 @pytest.mark.parametrize(
     ("cuts", "dead"), [([], []), ([600], []), ([600, 680], range(0, 700, 5)), ([], range(650))]
