@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from service.gallery import levels
 from service.gallery.faiss_index import FaissSnapshot
 from service.gallery.records import Records, records_of
+from service.gallery.segment import Segment
 
 Units = Callable[..., NDArray[np.float32]]
 
@@ -73,3 +74,25 @@ def test_advance__copies_a_row_seldom(random_units: Units, monkeypatch: pytest.M
         copied += sum(len(s) for s in snapshot.segments if id(s) not in before)
         assert len(snapshot.segments) <= 8  # log2(1024 / 8) + 1
     assert copied <= 1024 * 8
+
+
+def test_adopt__joins_what_was_built_with_what_happened_meanwhile(random_units: Units) -> None:
+    vectors = random_units(12, 3)
+    ids = [f"i{n}" for n in range(10)]
+    old = FaissSnapshot.of(written(ids, 1, vectors[:10]), 10)
+    nothing = np.empty(0, np.int64)
+    old = levels.advance(old, gone=np.asarray([4]), fresh=written([], 11, vectors[:0]), version=11)
+    built = Segment.of(old.take(old.rows()))
+    fresh = written(["i7", "new"], 12, vectors[10:])
+    current = levels.advance(old, gone=np.asarray([2, 7]), fresh=fresh, version=14)
+    adopted = levels.adopt(current, built, old.version)
+    assert adopted.segments[0] is built
+    assert (len(adopted), adopted.num_dead, adopted.version) == (9, 2, 14)
+    rows, expected = adopted.rows(), current.rows()
+    assert adopted.ids(rows).tolist() == current.ids(expected).tolist()
+    assert adopted.seqs(rows).tolist() == current.seqs(expected).tolist()
+    np.testing.assert_array_equal(adopted.vectors(rows), current.vectors(expected))
+    assert [adopted.row("i2"), adopted.row("i4")] == [None, None]
+    emptied = levels.advance(current, gone=expected, fresh=written([], 15, vectors[:0]), version=20)
+    assert len(levels.adopt(emptied, built, old.version)) == 0
+    assert len(levels.adopt(emptied, Segment.of(emptied.take(nothing)), 20)) == 0
