@@ -34,6 +34,7 @@ def line_chart(
     range_y: tuple[float, float] | None = None,
     marks: Mapping[str, float] | None = None,
     note: str = "",
+    x_name: str = "epoch",
 ) -> str:
     """A figure of some lines over the epochs; empty where no line has a point.
 
@@ -42,6 +43,7 @@ def line_chart(
         range_y: what the axis shows; by default what the points need.
         marks: name to the epoch at which something began.
         note: a sentence under the title.
+        x_name: what is counted instead of epochs.
     """
     drawn = [Line(line.name, thinned(line.points)) for line in lines if line.points]
     if not drawn:
@@ -49,7 +51,7 @@ def line_chart(
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points]
     axes = _Axes(_range(xs), range_y or _range(ys))
-    parts = [axes.frame("epoch", whole=True)]
+    parts = [axes.frame(x_name, whole=True)]
     for name, x in (marks or {}).items():
         if axes.x_range[0] < x < axes.x_range[1]:
             place = axes.x(x)
@@ -64,12 +66,12 @@ def line_chart(
         dot = "dot" if len(line.points) <= MAX_DOTS else "spot"
         parts += [
             f'<circle class="{dot} s{number}" cx="{axes.x(x)}" cy="{axes.y(y)}" r="3">'
-            f"<title>{escape(line.name)}, epoch {x:g}: {number_text(y)}</title></circle>"
+            f"<title>{escape(line.name)}, {x_name} {x:g}: {number_text(y)}</title></circle>"
             for x, y in line.points
         ]
     said = "; ".join(
-        f"{line.name} {number_text(line.points[0][1])} at epoch {line.points[0][0]:g}, "
-        f"{number_text(line.points[-1][1])} at epoch {line.points[-1][0]:g}"
+        f"{line.name} {number_text(line.points[0][1])} at {x_name} {line.points[0][0]:g}, "
+        f"{number_text(line.points[-1][1])} at {x_name} {line.points[-1][0]:g}"
         for line in drawn
     )
     legend = "".join(

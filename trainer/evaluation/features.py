@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.datasets import DataError, Skipped
 from trainer.decoding import prepared_or_reasons
+from trainer.encoder import pixels_from_uint8
 from trainer.evaluation.context import Evaluation, Network
+from trainer.evaluation.job import TRAIN
 from trainer.evaluation.labelled import fingerprint_of
 from trainer.evaluation.layers import Encode, encode_with
 from trainer.representation.artifact import ArtifactError, open_artifact, write_artifact
@@ -56,15 +59,37 @@ def extract(
 
 
 def embed_all(
-    images: Iterable[NDArray[np.uint8]], encode: Encode, *, advance: Callable[[int], object]
+    images: Iterable[NDArray[np.uint8]],
+    encode: Encode,
+    *,
+    device: torch.device,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, NDArray[np.float32]]:
     """(N, F) for each output of images (S, S, 3), `EMBEDDED_TOGETHER` at a time."""
     parts: dict[str, list[NDArray[np.float32]]] = {}
     for batch in _batches(images):
-        for name, rows in encode(batch).items():
+        pixels = pixels_from_uint8(torch.from_numpy(batch).to(device))
+        for name, rows in encode(pixels).items():
             parts.setdefault(name, []).append(rows.cpu().numpy())
         advance(len(batch))
     return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def labels_of(evaluation: Evaluation, split: str, extracted: Extracted) -> NDArray[np.int64]:
+    """(M,) classes of the rows that could be decoded.
+
+    Raises:
+        DataError: no image of a class is left in `train`; JobError: an image has several classes.
+    """
+    dataset = evaluation.dataset
+    labels = dataset.splits[split].labels[extracted.rows]
+    gone = np.flatnonzero(np.bincount(labels, minlength=len(dataset.class_names)) == 0)
+    if split == TRAIN and len(gone):
+        raise DataError(
+            f"data set {dataset.name}: no training image of the class "
+            f"{dataset.class_names[gone[0]]!r} can be used; repair them, or remove the class"
+        )
+    return labels
 
 
 class _Entry(NamedTuple):
@@ -99,7 +124,12 @@ def _computed(
         evaluation.progress(stage, done, len(source))
 
     evaluation.progress(stage, 0, len(source))
-    values = embed_all(usable(), encode_with(network.encoder, outputs), advance=advance)
+    values = embed_all(
+        usable(),
+        encode_with(network.encoder, outputs),
+        device=evaluation.device,
+        advance=advance,
+    )
     if not rows:
         raise DataError(
             f"data set {evaluation.dataset.name}: none of the {len(source)} images of {split} can "

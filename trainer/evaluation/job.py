@@ -158,7 +158,8 @@ class LinearProbeSettings(Section):
     lr: Annotated[float, Field(gt=0, le=1000)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = (50, 80, 100)
+    # epochs after which lr falls; null: the authors' 50, 80 and 100 of 120, in these shares
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     batch_norm: bool = True
     # random crops (0.08, 1) and flips, encoded anew in each epoch; false: each image once, cached

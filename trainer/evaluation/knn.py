@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.evaluation.context import Evaluation, Network
-from trainer.evaluation.features import extract
+from trainer.evaluation.features import extract, labels_of
 from trainer.evaluation.job import TEST, TRAIN, KnnSettings
 from trainer.evaluation.outcome import Outcome, Result, accuracies, classified
 from trainer.evaluation.votes import knn_votes, unit_rows
@@ -43,6 +43,7 @@ def _votes(
     dataset = evaluation.dataset
     train = extract(evaluation, network, TRAIN, settings.outputs)
     test = extract(evaluation, network, TEST, settings.outputs)
+    train_labels = labels_of(evaluation, TRAIN, train)
     votes: dict[tuple[str, int], NDArray[np.float64]] = {}
     for output in settings.outputs:
         done, total = 0, len(test.rows)
@@ -55,7 +56,7 @@ def _votes(
         found = knn_votes(
             unit_rows(test.values[output]),
             unit_rows(train.values[output]),
-            dataset.train.labels[train.rows],
+            train_labels,
             num_classes=len(dataset.class_names),
             ks=settings.k,
             temperature=settings.temperature,
@@ -63,4 +64,4 @@ def _votes(
             advance=advance,
         )
         votes |= {(output, k): each for k, each in found.items()}
-    return votes, dataset.test.labels[test.rows], test.rows
+    return votes, labels_of(evaluation, TEST, test), test.rows

@@ -9,12 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.encoder import Encoder, pixels_from_uint8
+from trainer.encoder import Encoder
 from trainer.evaluation.job import JobError
 
 EMBEDDING, FEATURES, BLOCKS = "embedding", "features", "blocks"
@@ -22,7 +20,7 @@ EMBEDDING, FEATURES, BLOCKS = "embedding", "features", "blocks"
 POOLED_NUMBERS = 9216
 _LAYER = re.compile(r"(?P<block>[a-z0-9.]+)(@(?P<grid>[1-9][0-9]?))?")
 
-Encode = Callable[[NDArray[np.uint8]], dict[str, Tensor]]
+Encode = Callable[[Tensor], dict[str, Tensor]]
 
 
 def blocks_of(encoder: Encoder) -> dict[str, nn.Module]:
@@ -62,7 +60,7 @@ def expanded(encoder: Encoder, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def encode_with(encoder: Encoder, names: Sequence[str]) -> Encode:
-    """A function of uint8 images (B, S, S, 3) that gives (B, F) on the device for each name.
+    """A function of pixels (B, 3, S, S) in 0..1 that gives (B, F) float32 for each name.
 
     The encoder must be in evaluation mode; nothing of it changes.
     """
@@ -71,7 +69,7 @@ def encode_with(encoder: Encoder, names: Sequence[str]) -> Encode:
     last = list(known)[-1].partition(".")[0]
 
     @torch.inference_mode()
-    def encode(images: NDArray[np.uint8]) -> dict[str, Tensor]:
+    def encode(pixels: Tensor) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
         hooks = []
         for name, match in wanted.items():
@@ -90,7 +88,7 @@ def encode_with(encoder: Encoder, names: Sequence[str]) -> Encode:
             hooks.append(known[match["block"]].register_forward_hook(keep))
         try:
             with torch.autocast(device.type, enabled=False):
-                output = encoder(pixels_from_uint8(torch.from_numpy(images).to(device)))
+                output = encoder(pixels)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -27,6 +27,7 @@ class Curve(NamedTuple):
     title: str
     unit: str
     lines: Mapping[str, Sequence[tuple[float, float]]]  # name: points, ascending in x
+    x_name: str = "epoch"
 
 
 class Mistake(NamedTuple):

@@ -7,9 +7,11 @@ have the bits that it had before.
 from typing import Any
 
 from trainer.evaluation.context import Evaluation, state_digest
-from trainer.evaluation.job import Job, KnnJob
+from trainer.evaluation.job import Job, KnnJob, LinearProbeJob, Voc07Job
 from trainer.evaluation.knn import knn
+from trainer.evaluation.linear_probe import linear_probe
 from trainer.evaluation.outcome import EvaluationError, Outcome
+from trainer.evaluation.voc07 import voc07_svm
 
 
 def run_protocol(evaluation: Evaluation, job: Job) -> tuple[Outcome, dict[str, Any]]:
@@ -35,4 +37,8 @@ def run_protocol(evaluation: Evaluation, job: Job) -> tuple[Outcome, dict[str, A
 def _run(evaluation: Evaluation, job: Job) -> Outcome:
     if isinstance(job, KnnJob):
         return knn(evaluation, job.settings)
+    if isinstance(job, LinearProbeJob):
+        return linear_probe(evaluation, job.settings)
+    if isinstance(job, Voc07Job):
+        return voc07_svm(evaluation, job.settings)
     raise EvaluationError(f"there is no protocol {job.protocol!r} yet")

@@ -53,6 +53,7 @@ def report_of(
             {
                 "title": curve.title,
                 "unit": curve.unit,
+                "x": curve.x_name,
                 "lines": {
                     name: [list(at) for at in points] for name, points in curve.lines.items()
                 },
