@@ -14,6 +14,7 @@ from trainer.distributed import ALONE
 from trainer.evaluation.context import Evaluation, open_network
 from trainer.evaluation.datasets import open_dataset
 from trainer.evaluation.job import Job
+from trainer.evaluation.page import evaluation_page, mistake_thumbnails
 from trainer.evaluation.protocols import run_protocol
 from trainer.evaluation.report import report_of
 from trainer.representation.bundle import open_bundle
@@ -90,6 +91,8 @@ def evaluate(job: Job, output: Path) -> Path:
             encoder=encoder,
             durations_s={**progress.durations_s, "all": time.monotonic() - began},
         )
+        shown = mistake_thumbnails(evaluation, outcome)
+    write_whole(output / PAGE, evaluation_page(report, shown))
     write_whole(output / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
     progress("report", 1, 1)
     return output / REPORT

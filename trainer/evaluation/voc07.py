@@ -210,7 +210,7 @@ def _by_sgd(
         torch.autograd.backward(loss)
         optimiser.step()
         if iteration % 10 == 0 or iteration + 1 == settings.iterations:
-            value = float(loss)
+            value = float(loss.detach())
             if not np.isfinite(value):
                 raise EvaluationError(
                     f"the linear layer went to {value} in iteration {iteration + 1}: give a lower "

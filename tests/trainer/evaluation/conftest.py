@@ -131,3 +131,32 @@ def run_job(
         return code, lines, tmp_path / output
 
     return run
+
+
+@pytest.fixture
+def voc_tree(tmp_path: Path) -> Path:
+    """24 training and 12 test images: dark, light, or dark with a difficult light object."""
+    root, draw = tmp_path / "VOC2007", np.random.default_rng(0)
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    for split, listed, count in (("train", "trainval", 24), ("test", "test", 12)):
+        keys = [f"{split}{i:02d}" for i in range(count)]
+        (root / "ImageSets" / "Main" / f"{listed}.txt").write_text("\n".join(keys) + "\n")
+        for i, key in enumerate(keys):
+            grey = 160 if i % 3 == 1 else 20
+            pixels = draw.integers(grey, grey + 60, (18, 20, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "JPEGImages" / f"{key}.jpg")
+            objects = [("light", 0)] if i % 3 == 1 else [("dark", 0)]
+            if i % 3 == 2:
+                objects.append(("light", 1))
+            (root / "Annotations" / f"{key}.xml").write_text(_annotation(objects))
+    return root
+
+
+def _annotation(objects: list[tuple[str, int]]) -> str:
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>10</xmax><ymax>8</ymax></bndbox>"
+    listed = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult>{box}</object>"
+        for name, difficult in objects
+    )
+    return f"<annotation>{listed}</annotation>"

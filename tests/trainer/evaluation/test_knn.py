@@ -1,0 +1,75 @@
+"""The kNN vote: by hand, equal to the plain reference, deaf to the test items.
+
+Run: pytest tests/trainer/evaluation/test_knn.py
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from trainer.evaluation.context import Evaluation
+from trainer.evaluation.job import KnnSettings
+from trainer.evaluation.knn import knn
+from trainer.evaluation.labelled import LabelledSplit
+from trainer.evaluation.votes import knn_votes, unit_rows
+from trainer.representation.protocols import weighted_knn_votes
+
+Make = Callable[..., Evaluation]
+
+
+def test_votes__by_hand() -> None:
+    # One query along x; rows at 0, 60 and 90 degrees with similarities 1, 0.5 and 0.
+    gallery = np.array([[1, 0], [0.5, 3**0.5 / 2], [0, 1]], np.float32)
+    query, labels = np.array([[1, 0]], np.float32), np.array([0, 1, 1])
+    votes = knn_votes(query, gallery, labels, num_classes=2, ks=(3, 1), temperature=0.5)
+    assert votes[1].tolist() == [[pytest.approx(np.e**2), 0]]
+    assert votes[3].tolist() == [[pytest.approx(np.e**2), pytest.approx(np.e + 1)]]
+
+
+@pytest.mark.parametrize(("count", "ks"), [(500, (200, 20, 1)), (50, (200, 7))])
+def test_votes__equal_the_plain_reference(count: int, ks: tuple[int, ...]) -> None:
+    draw = np.random.default_rng(count)
+    gallery = unit_rows(draw.normal(size=(count, 16)).astype(np.float32))
+    gallery[7] = gallery[3]  # an equal row
+    queries = unit_rows(draw.normal(size=(300, 16)).astype(np.float32))  # more than one block
+    labels = draw.integers(0, 5, count)
+    found = knn_votes(queries, gallery, labels, num_classes=5, ks=ks, temperature=0.07)
+    for k in ks:
+        wanted = weighted_knn_votes(queries, gallery, labels, num_classes=5, k=k, temperature=0.07)
+        assert (
+            np.abs(
+                found[k] / wanted.sum(axis=1, keepdims=True)
+                - wanted / wanted.sum(axis=1, keepdims=True)
+            ).max()
+            < 1e-5
+        )
+
+
+def test_unit_rows__keep_zeros() -> None:
+    assert unit_rows(np.array([[3, 4], [0, 0]], np.float32)).tolist() == [
+        [pytest.approx(0.6), pytest.approx(0.8)],
+        [0, 0],
+    ]
+
+
+def test_knn__gives_each_output_and_k_a_result(make_evaluation: Make) -> None:
+    outcome = knn(make_evaluation(), KnnSettings(k=(5, 1), outputs=("features",)))
+    assert [each.name for each in outcome.results] == ["features, k=5", "features, k=1"]
+    assert all(each.untrained is not None for each in outcome.results)
+    assert outcome.results[0].metrics["top1"] > 0.9  # three greys
+
+
+def test_leak__test_items_do_not_change_each_others_votes(make_evaluation: Make) -> None:
+    evaluation = make_evaluation()
+    dataset = evaluation.dataset
+    source = dataset.test.source.subset(np.arange(0, len(dataset.test), 2))
+    assert source.labels is not None
+    source = dataclasses.replace(source, labels=(source.labels + 1) % 3)
+    splits = {**dataset.splits, "test": LabelledSplit(source)}
+    half = dataclasses.replace(evaluation, dataset=dataclasses.replace(dataset, splits=splits))
+    settings = KnnSettings(k=(5,), outputs=("features",))
+    whole, part = knn(evaluation, settings).results[0], knn(half, settings).results[0]
+    assert whole.metrics["top1"] == 1
+    assert part.metrics["top1"] == 0
