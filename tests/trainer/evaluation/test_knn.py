@@ -63,13 +63,28 @@ def test_knn__gives_each_output_and_k_a_result(make_evaluation: Make) -> None:
 
 def test_leak__test_items_do_not_change_each_others_votes(make_evaluation: Make) -> None:
     evaluation = make_evaluation()
-    dataset = evaluation.dataset
-    source = dataset.test.source.subset(np.arange(0, len(dataset.test), 2))
-    assert source.labels is not None
-    source = dataclasses.replace(source, labels=(source.labels + 1) % 3)
-    splits = {**dataset.splits, "test": LabelledSplit(source)}
-    half = dataclasses.replace(evaluation, dataset=dataclasses.replace(dataset, splits=splits))
-    settings = KnnSettings(k=(5,), outputs=("features",))
-    whole, part = knn(evaluation, settings).results[0], knn(half, settings).results[0]
-    assert whole.metrics["top1"] == 1
-    assert part.metrics["top1"] == 0
+    dataset, settings = evaluation.dataset, KnnSettings(k=(5,), outputs=("features",))
+    assert dataset.test.source.labels is not None
+    permuted = dataclasses.replace(
+        dataset.test.source, labels=(dataset.test.source.labels + 1) % 3
+    ).subset(np.arange(30)[::-1])
+    splits = {**dataset.splits, "test": LabelledSplit(permuted)}
+    other = dataclasses.replace(evaluation, dataset=dataclasses.replace(dataset, splits=splits))
+    one, two = knn(evaluation, settings).results[0], knn(other, settings).results[0]
+    assert one.confusion is not None
+    assert two.confusion is not None
+    assert two.confusion.tolist() == np.roll(one.confusion, 1, axis=0).tolist()
+    assert one.metrics["top1"] > 0.9 > 0.1 > two.metrics["top1"]
+
+
+def test_leak__a_query_alone_gets_the_votes_that_it_gets_among_others() -> None:
+    draw = np.random.default_rng(3)
+    gallery = unit_rows(draw.normal(size=(80, 4)).astype(np.float32))
+    queries = unit_rows(draw.normal(size=(9, 4)).astype(np.float32))
+    labels = draw.integers(0, 3, 80)
+    all_votes = knn_votes(queries, gallery, labels, num_classes=3, ks=(7,), temperature=0.1)[7]
+    for row in range(9):
+        alone = knn_votes(
+            queries[row : row + 1], gallery, labels, num_classes=3, ks=(7,), temperature=0.1
+        )[7]
+        assert alone[0].tolist() == pytest.approx(all_votes[row].tolist(), rel=1e-5)
