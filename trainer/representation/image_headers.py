@@ -9,6 +9,8 @@ import re
 import struct
 import zlib
 
+import numpy as np
+
 # A progressive JPEG has about 10 scans; each one more walks over all coefficients again: 94 kB
 # with a thousand scans take ten seconds.
 MAX_SCANS = 64
@@ -18,6 +20,7 @@ MAX_FRAMES = 1000  # only the first is looked at
 # Parts of a file: JPEG segments, PNG chunks, WebP chunks. 50 Mpx in chunks of 8 kB are 18,000.
 MAX_PARTS = 65_536
 
+_SCAN_MARKER = int.from_bytes(b"\xff\xda", "little")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # A marker that is neither a stuffed 0xFF, nor a restart inside of a scan, nor a fill byte.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
@@ -44,9 +47,7 @@ def refusal(content: bytes, kind: str, *, pixels: int, max_pixels: int) -> str |
 
 def _jpeg_refusal(content: bytes, pixels: int, max_pixels: int) -> str | None:
     allowed = min(MAX_SCANS, max(1, MAX_FULL_SCANS * max_pixels // max(1, pixels)))
-    # All that look like one, those of previews too: counted at the speed of memory, nearly always
-    # few enough.
-    if content.count(b"\xff\xda") <= allowed:
+    if _looks_like_scans(content) <= allowed:  # nearly always
         return None
     scans = parts = 0
     marker = _MARKER.search(content, 2)
@@ -66,6 +67,20 @@ def _jpeg_refusal(content: bytes, pixels: int, max_pixels: int) -> str | None:
             place += int.from_bytes(content[place : place + 2], "big")
         marker = _MARKER.search(content, place)
     return None
+
+
+def _looks_like_scans(content: bytes) -> int:
+    """How often the marker stands anywhere, in previews too.
+
+    As 16-bit numbers from both alignments: six times as fast as bytes.count, which took a tenth of
+    the decoding of a photograph.
+    """
+    found = 0
+    for start in (0, 1):
+        if (pairs := (len(content) - start) // 2) > 0:
+            numbers = np.frombuffer(content, "<u2", pairs, start)
+            found += int(np.count_nonzero(numbers == _SCAN_MARKER))
+    return found
 
 
 def _png_refusal(content: bytes) -> str | None:

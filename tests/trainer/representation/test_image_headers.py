@@ -13,6 +13,7 @@ from trainer.representation.image_headers import (
     MAX_FULL_SCANS,
     MAX_PARTS,
     MAX_SCANS,
+    _looks_like_scans,
     refusal,
 )
 from trainer.representation.preprocess import (
@@ -68,6 +69,13 @@ def test_jpeg__fewer_scans_the_larger_it_is() -> None:
     assert ask(content, "JPEG", pixels=10**6) is not None
     assert ask(content, "JPEG", pixels=10**6 * MAX_FULL_SCANS // (MAX_FULL_SCANS + 1)) is None
     assert ask(with_scans(MAX_FULL_SCANS), "JPEG", pixels=10**6) is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 501, 502])
+def test_jpeg__markers_are_counted_at_every_place(length: int) -> None:
+    rng = np.random.default_rng(length)
+    content = rng.choice(np.array([0xFF, 0xDA, 0]), length).astype(np.uint8).tobytes()
+    assert _looks_like_scans(content) == content.count(b"\xff\xda")
 
 
 def test_jpeg__what_only_looks_like_scans_does_not_count() -> None:
