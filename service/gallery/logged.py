@@ -25,6 +25,7 @@ from service.gallery.changes import Plan, columns, imported, replay
 from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
 from service.gallery.faiss_index import FaissSnapshot
+from service.gallery.generations import DIRECTORY, remove_others
 from service.gallery.levels import advance
 from service.gallery.oplog import OperationsLog, Writing, open_active
 from service.gallery.protocol import (
@@ -38,7 +39,7 @@ from service.gallery.protocol import (
     StorageError,
     TooManyMatches,
 )
-from service.gallery.rows import Operation, Remembered
+from service.gallery.rows import Operation, Remembered, galleries_of
 from service.gallery.upkeep import Grown, Upkeep
 from trainer.representation.bundle import Bundle
 
@@ -230,6 +231,8 @@ class LoggedGallery:
                 dim=self._bundle.embedding_dim,
                 first=lambda: imported(self._bundle.gallery()),
             )
+            if log is None:
+                self._forget_others()
             first = self._load(self._log)
         except StorageError as error:
             opened.set_exception(GalleryError(str(error)))
@@ -244,6 +247,14 @@ class LoggedGallery:
                 self._commit(group)
             else:
                 self._follow()
+
+    def _forget_others(self) -> None:
+        """Remove the generations of galleries that are no more."""
+        if self.database.directory is not None:
+            with self.database.reading() as connection:
+                rows = galleries_of(connection)
+            alive = {row.log_id for row in rows if row.state != "retired"}
+            remove_others(self.database.directory / DIRECTORY, alive)
 
     def _load(self, log: OperationsLog) -> FaissSnapshot:
         started = time.perf_counter()

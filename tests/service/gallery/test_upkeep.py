@@ -166,6 +166,18 @@ def test_start__after_the_log_was_restored_does_not_use_its_future(
     gallery.close()
 
 
+def test_start__removes_the_generations_of_other_logs_and_says_so(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    LoggedGallery(tmp_path, bundle).close()
+    (own,) = generations(tmp_path)
+    shutil.copytree(own.parent, own.parent.with_name("other"))
+    with capture_logs() as lines:
+        LoggedGallery(tmp_path, bundle).close()
+    assert generations(tmp_path) == [own]
+    assert [line["log"] for line in lines if line["event"] == "generations_removed"] == ["other"]
+
+
 def test_scrub__names_damage_that_the_start_did_not_meet(
     bundle: Bundle, tmp_path: Path, random_units: Units
 ) -> None:
