@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from trainer.representation.preprocess import ImageRejected, InputContract
 
 _START_TIMEOUT_S = 30.0  # an interpreter that imports numpy and Pillow takes about 0.3 s
 _MAX_REASON_BYTES = 64 * 1024
+_MAX_THUMBNAIL_BYTES = 512 * 1024  # more than 256 x 256 pixels take in any form
 _ROOT = Path(__file__).resolve().parent.parent
 
 Pixels = NDArray[np.uint8]
@@ -56,14 +58,22 @@ class DecodersBusy(Exception):
         self.limit = limit
 
 
+class Pictured(NamedTuple):
+    """What a picture becomes that is to be kept."""
+
+    pixels: Pixels
+    thumbnail: bytes  # a WebP of at most decoder_process.THUMBNAIL_PX
+
+
 @dataclass(frozen=True)
 class _Job:
     image: bytes
-    future: Future[Pixels]
+    future: Future[Any]  # of Pixels, or of Pictured where asked for
     deadline: float  # on time.monotonic
     arrived: float
     sender: object  # jobs of one sender do not count as queueing before each other
     large: bool = False  # found to be so; it is running already in the eyes of its future
+    thumbnail: bool = False  # wanted too
 
 
 class _Lanes:
@@ -196,11 +206,20 @@ class DecoderPool:
         time.monotonic) passed before its turn; DecodersBusy when it is large and too many large
         ones of others than `sender` wait; DecoderUnavailable.
         """
+        return self._put(_Job(image, Future(), deadline, time.monotonic(), sender))
+
+    def submit_pictured(
+        self, image: bytes, *, deadline: float = math.inf, sender: object = None
+    ) -> Future[Pictured]:
+        """As `submit`, for the pixels and a thumbnail."""
+        now = time.monotonic()
+        return self._put(_Job(image, Future(), deadline, now, sender, thumbnail=True))
+
+    def _put(self, job: _Job) -> Future[Any]:
         if self._closed:
             raise DecoderUnavailable("the decoders are shut down")
-        future: Future[Pixels] = Future()
-        self._lanes.put(_Job(image, future, deadline, time.monotonic(), sender))
-        return future
+        self._lanes.put(job)
+        return job.future
 
     def close(self) -> None:
         """End the processes; images still queued are refused with DecoderUnavailable."""
@@ -255,7 +274,9 @@ class DecoderPool:
             if child is None:
                 child = _Child(self._arguments)
                 child.wait_until_ready()
-            pixels = child.decode(job.image, self._timeout_s, self._side, large=job.large)
+            decoded = child.decode(
+                job.image, self._timeout_s, self._side, job.thumbnail, large=job.large
+            )
         except _ChildLost as lost:
             self._retire(child, lost.kind)
             child = None
@@ -267,13 +288,13 @@ class DecoderPool:
         except ImageRejected as rejection:
             job.future.set_exception(rejection)
         else:
-            if pixels is None:
+            if decoded is None:
                 if self._lanes.large_before(job) >= self._max_large_waiting:
                     job.future.set_exception(DecodersBusy(self._max_large_waiting))
                 else:
                     self._lanes.put(replace(job, large=True))
                 return child
-            job.future.set_result(pixels)
+            job.future.set_result(decoded)
         self._on_decoded(begun - job.arrived, time.monotonic() - begun)
         if child is not None and child.images >= self._lifetime_images:
             self._retire(child, "lifetime")
@@ -338,9 +359,11 @@ class _Child:
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def decode(self, image: bytes, timeout_s: float, side: int, *, large: bool) -> Pixels | None:
-        """The pixels; None when the image takes more memory than those of which any number is
-        decoded at a time, and was not allowed to be `large`.
+    def decode(
+        self, image: bytes, timeout_s: float, side: int, pictured: bool, *, large: bool
+    ) -> Pixels | Pictured | None:
+        """The pixels, with a thumbnail where `pictured`; None when the image takes more memory than
+        those of which any number is decoded at a time, and was not allowed to be `large`.
 
         Raises:
             ImageRejected: by the process.
@@ -349,9 +372,13 @@ class _Child:
         deadline = time.monotonic() + timeout_s
         try:
             self._channel.settimeout(timeout_s)
-            send_frame(self._channel, LARGE_ALLOWED if large else SMALL_ONLY, image)
+            asked = LARGE_ALLOWED if large else SMALL_ONLY
+            send_frame(self._channel, asked.lower() if pictured else asked, image)
             most = max(side * side * 3, _MAX_REASON_BYTES)
             kind, payload = receive_frame(self._channel, most, deadline)
+            thumbnail = None
+            if kind == PIXELS and pictured:
+                _, thumbnail = receive_frame(self._channel, _MAX_THUMBNAIL_BYTES, deadline)
         except TimeoutError:
             raise _ChildLost(
                 "timeout",
@@ -368,7 +395,8 @@ class _Child:
             raise ImageRejected(payload.decode(errors="replace"))
         if len(payload) != side * side * 3:
             raise _ChildLost("died", "the decoder gave pixels of another size")
-        return np.frombuffer(payload, np.uint8).reshape(side, side, 3)
+        pixels = np.frombuffer(payload, np.uint8).reshape(side, side, 3)
+        return pixels if thumbnail is None else Pictured(pixels, bytes(thumbnail))
 
     def kill(self) -> None:
         self._process.kill()

@@ -1,11 +1,13 @@
 """One image decoder: a child process that may crash, hang or run out of memory without harm.
 
 In: frames on the socket given as a file descriptor, each one encoded image. Out: for each a frame
-with the pixels or with the reason of a refusal. Only bytes cross, nothing is ever unpickled: the
-child handles what strangers send. Started by service.decode; imports nothing heavier than Pillow.
+with the pixels, and one with a thumbnail where asked for, or the reason of a refusal. Only bytes
+cross, nothing is ever unpickled: the child handles what strangers send. Started by service.decode;
+imports nothing heavier than Pillow.
 """
 
 import contextlib
+import io
 import json
 import resource
 import signal
@@ -13,13 +15,25 @@ import socket
 import struct
 import sys
 import time
-from typing import Any
+from typing import Any, TypedDict
 
-from trainer.representation.preprocess import ImageRejected, InputContract, LargeImage, prepare
+from PIL import Image
+
+from trainer.representation.preprocess import (
+    ImageRejected,
+    InputContract,
+    LargeImage,
+    decode,
+    fit,
+    prepare,
+)
 
 # What is asked: an image that may take only SMALL_BYTES of memory, or as much as the process has.
+# In lower case: with a thumbnail, which comes in a frame behind the pixels.
 SMALL_ONLY, LARGE_ALLOWED = b"I", b"L"
-READY, PIXELS, REJECTED, LARGE = b"R", b"P", b"X", b"L"
+READY, PIXELS, REJECTED, LARGE, THUMBNAIL = b"R", b"P", b"X", b"L", b"T"
+THUMBNAIL_PX = 256
+_JPEG = b"\xff\xd8\xff"
 # 16 Mpx of RGB in a PNG, any baseline JPEG (those are decoded at a fraction of their size).
 SMALL_BYTES = 64 * 2**20
 # Of the address space an interpreter with numpy and Pillow takes; not for pictures.
@@ -82,26 +96,51 @@ def main(arguments: dict[str, Any]) -> None:
             image = bytes(received)
             del received  # a large body need not be there twice
             _allow_cpu_seconds(arguments["cpu_s"])
-            most_bytes = SMALL_BYTES if asked == SMALL_ONLY else all_bytes
-            kind, answer = _decode(image, contract, arguments["max_pixels"], most_bytes, all_bytes)
-            send_frame(channel, kind, answer)
+            limits = Limits(
+                max_pixels=arguments["max_pixels"],
+                most_bytes=SMALL_BYTES if asked.upper() == SMALL_ONLY else all_bytes,
+            )
+            for frame in _decode(image, contract, limits, all_bytes, thumbnail=asked.islower()):
+                send_frame(channel, *frame)
+
+
+class Limits(TypedDict):
+    """What `prepare` and `decode` are given."""
+
+    max_pixels: int
+    most_bytes: int
 
 
 def _decode(
-    image: bytes, contract: InputContract, max_pixels: int, most_bytes: int, all_bytes: int
-) -> tuple[bytes, bytes]:
+    image: bytes, contract: InputContract, limits: Limits, all_bytes: int, *, thumbnail: bool
+) -> list[tuple[bytes, bytes]]:
     try:
-        pixels = prepare(image, contract, max_pixels=max_pixels, most_bytes=most_bytes)
-        return PIXELS, pixels.tobytes()
+        if not thumbnail:
+            return [(PIXELS, prepare(image, contract, **limits).tobytes())]
+        if image.startswith(_JPEG):  # may be decoded at a fraction: once for each size
+            pixels = prepare(image, contract, **limits).tobytes()
+            whole = decode(image, least_side_px=THUMBNAIL_PX, **limits)
+        else:
+            whole = decode(image, **limits)
+            pixels = fit(whole, contract).tobytes()
+        return [(PIXELS, pixels), (THUMBNAIL, _shrunk(whole))]
     except LargeImage as error:
         if error.takes_bytes <= all_bytes:
-            return LARGE, b""
+            return [(LARGE, b"")]
     except ImageRejected as error:
         if not isinstance(error.__cause__, MemoryError):
-            return REJECTED, str(error).encode()
+            return [(REJECTED, str(error).encode())]
     except MemoryError:
         pass
-    return REJECTED, b"decoding needs more memory than one image may take: scale it down"
+    return [(REJECTED, b"decoding needs more memory than one image may take: scale it down")]
+
+
+def _shrunk(image: Image.Image) -> bytes:
+    """The whole picture as a WebP of at most THUMBNAIL_PX in each direction."""
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), reducing_gap=2.0)
+    written = io.BytesIO()
+    image.save(written, "WEBP", quality=80, method=2)
+    return written.getvalue()
 
 
 def _allow_cpu_seconds(seconds: int) -> None:

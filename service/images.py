@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,10 @@ from service.settings import Settings
 from trainer.representation.preprocess import ImageRejected
 
 Row = tuple[NDArray[np.float32], NDArray[np.float32]]  # embedding (D,), features (F,)
+PicturedRow = tuple[Row, bytes]  # with a thumbnail
+Outcome = TypeVar("Outcome")
+Outcome_co = TypeVar("Outcome_co", covariant=True)
+Decoded = TypeVar("Decoded")
 
 
 class ImagePath:
@@ -75,12 +81,22 @@ class ImagePath:
         Raises:
             Problem: queue_full, decoder_unavailable.
         """
+        return await self._embed_all(images, deadline, self._embed_image)
+
+    async def embed_pictured(
+        self, images: EncodedImages, deadline: float
+    ) -> list[PicturedRow | ImageRejected]:
+        """As `embed`, with a thumbnail of each image."""
+        return await self._embed_all(images, deadline, self._embed_pictured)
+
+    async def _embed_all(
+        self, images: EncodedImages, deadline: float, embed: "_EmbedOne[Outcome]"
+    ) -> list[Outcome]:
         with self._admission(len(images)):
-            outcomes: list[Row | ImageRejected]
             if len(images) == 1:  # no task for it
-                outcomes = [await self._embed_image(images[0], deadline, sender=None)]
+                outcomes = [await embed(images[0], deadline, None)]
             else:
-                outcomes = await self._embed_together(images, deadline)
+                outcomes = await self._embed_together(images, deadline, embed)
         self.metrics.images_rejected.inc(sum(isinstance(o, ImageRejected) for o in outcomes))
         return outcomes
 
@@ -124,13 +140,10 @@ class ImagePath:
             yield
 
     async def _embed_together(
-        self, images: EncodedImages, deadline: float
-    ) -> list[Row | ImageRejected]:
+        self, images: EncodedImages, deadline: float, embed: "_EmbedOne[Outcome]"
+    ) -> list[Outcome]:
         sender = object()
-        tasks = [
-            asyncio.create_task(self._embed_image(image, deadline, sender=sender))
-            for image in images
-        ]
+        tasks = [asyncio.create_task(embed(image, deadline, sender)) for image in images]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -138,22 +151,22 @@ class ImagePath:
                 task.cancel()
 
     async def _embed_image(
-        self, image: bytes | ImageRejected, deadline: float, *, sender: object
+        self, image: bytes | ImageRejected, deadline: float, sender: object
     ) -> Row | ImageRejected:
         assert self._decoders is not None
-        if isinstance(image, ImageRejected):
-            return image
-        try:
-            pixels = await asyncio.wrap_future(
-                self._decoders.submit(image, deadline=deadline, sender=sender or image)
-            )
-        except ImageRejected as rejection:
-            return rejection
-        except DecodersBusy as busy:
-            raise queue_full("large images", busy.limit, "max_large_waiting") from None
-        except DecoderUnavailable as error:
-            raise Problem("decoder_unavailable", str(error), retry_after_s=RETRY_AFTER_S) from None
-        return await self._batcher.submit(pixels, deadline)
+        decoded = await _decoded(self._decoders.submit, image, deadline, sender)
+        if isinstance(decoded, ImageRejected):
+            return decoded
+        return await self._batcher.submit(decoded, deadline)
+
+    async def _embed_pictured(
+        self, image: bytes | ImageRejected, deadline: float, sender: object
+    ) -> PicturedRow | ImageRejected:
+        assert self._decoders is not None
+        decoded = await _decoded(self._decoders.submit_pictured, image, deadline, sender)
+        if isinstance(decoded, ImageRejected):
+            return decoded
+        return await self._batcher.submit(decoded.pixels, deadline), decoded.thumbnail
 
     def _run_encoder(self, images: Sequence[NDArray[np.uint8]]) -> list[Row]:
         embedder = self._embedder
@@ -190,3 +203,28 @@ def _as_problems() -> Iterator[None]:
             limit=wait.limit_s,
             setting="max_queue_wait_s",
         ) from None
+
+
+class _EmbedOne(Protocol[Outcome_co]):
+    def __call__(
+        self, image: bytes | ImageRejected, deadline: float, sender: object, /
+    ) -> Coroutine[Any, Any, Outcome_co]: ...
+
+
+class _Submit(Protocol[Decoded]):
+    def __call__(self, image: bytes, *, deadline: float, sender: object) -> Future[Decoded]: ...
+
+
+async def _decoded(
+    submit: _Submit[Decoded], image: bytes | ImageRejected, deadline: float, sender: object
+) -> Decoded | ImageRejected:
+    if isinstance(image, ImageRejected):
+        return image
+    try:
+        return await asyncio.wrap_future(submit(image, deadline=deadline, sender=sender or image))
+    except ImageRejected as rejection:
+        return rejection
+    except DecodersBusy as busy:
+        raise queue_full("large images", busy.limit, "max_large_waiting") from None
+    except DecoderUnavailable as error:
+        raise Problem("decoder_unavailable", str(error), retry_after_s=RETRY_AFTER_S) from None

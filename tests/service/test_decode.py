@@ -369,3 +369,46 @@ def test_pool__says_when_no_decoder_starts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(DecoderUnavailable, match="did not start"):
         make_pool()
+
+
+@pytest.mark.parametrize(
+    ("format", "size", "expected"),
+    [
+        ("PNG", (600, 300), (256, 128)),
+        ("JPEG", (1200, 600), (256, 128)),
+        ("WEBP", (300, 600), (128, 256)),
+        ("PNG", (20, 14), (20, 14)),  # never enlarged
+        ("PNG", (5000, 3), (256, 1)),
+    ],
+)
+def test_thumbnail__shows_the_whole_picture_beside_the_same_pixels(
+    format: str, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    ramp = np.linspace(0, 255, size[0], dtype=np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp, (size[1], size[0])).copy()).convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, format, **({"lossless": True} if format == "WEBP" else {}))
+    pool = make_pool()
+    plain = pool.submit(buffer.getvalue()).result(WAIT_S)
+    pictured = pool.submit_pictured(buffer.getvalue()).result(WAIT_S)
+    pool.close()
+    np.testing.assert_array_equal(pictured.pixels, plain)
+    thumbnail = Image.open(io.BytesIO(pictured.thumbnail))
+    assert (thumbnail.format, thumbnail.size) == ("WEBP", expected)
+    row = np.asarray(thumbnail.convert("L"), np.float64)[0]
+    wanted = np.linspace(0, 255, expected[0])
+    assert np.abs(row - wanted).max() < 12
+
+
+def test_thumbnail__is_upright() -> None:
+    image = Image.fromarray(np.zeros((40, 80, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    pool = make_pool()
+    thumbnail = pool.submit_pictured(buffer.getvalue()).result(WAIT_S).thumbnail
+    with pytest.raises(ImageRejected):
+        pool.submit_pictured(b"no picture").result(WAIT_S)
+    pool.close()
+    assert Image.open(io.BytesIO(thumbnail)).size == (40, 80)
