@@ -37,6 +37,7 @@ POLICY: Mapping[tuple[str, str], Role] = {
     ("POST", "/items/delete"): Role.WRITE,
     ("GET", "/items/{item_id:path}"): Role.READ,
     ("DELETE", "/items/{item_id:path}"): Role.WRITE,
+    ("GET", "/images/{item_id:path}"): Role.READ,
 }
 
 

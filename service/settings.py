@@ -165,6 +165,15 @@ class Settings(BaseSettings):
         description="Walks of one /groups request: anchors x (k + k^2 + ... + k^steps); 422.",
     )
 
+    thumbnails: bool = Field(
+        default=True,
+        description="Keep a WebP of at most 256 pixels with every item that comes as an image.",
+    )
+    originals: Literal["off", "keep"] = Field(
+        default="off",
+        description="`keep`: images of items are kept as they were sent, so that another model can "
+        "embed the gallery again.",
+    )
     idempotency_ttl_s: float = Field(
         default=86_400.0, gt=0, description="How long an Idempotency-Key and its answer are kept."
     )

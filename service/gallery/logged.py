@@ -34,6 +34,7 @@ from service.gallery.protocol import (
     GalleryError,
     Idempotency,
     IdempotencyConflict,
+    PictureGone,
     PictureKind,
     Snapshot,
     StorageError,
@@ -146,13 +147,12 @@ class LoggedGallery:
 
     def picture(self, item_id: str, kind: PictureKind) -> bytes | None:
         """A picture of an item; see protocol.Gallery."""
-        seq = self._seq_of(item_id)
-        while seq is not None:
-            content = self._log.picture(seq, kind)
-            newest = self._seq_of(item_id)
-            if content is not None or newest == seq:
-                return content
-            seq = newest  # it was replaced between the two looks
+        while (seq := self._seq_of(item_id)) is not None:
+            try:
+                return self._log.picture(seq, kind)
+            except PictureGone as gone:
+                if self._seq_of(item_id) == seq:  # not replaced between the two looks
+                    raise GalleryError(str(gone)) from None
         return None
 
     def staleness_s(self) -> float:

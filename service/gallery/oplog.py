@@ -117,9 +117,10 @@ class OperationsLog:
             return read_answers(connection, self.gallery)
 
     def picture(self, seq: int, kind: PictureKind) -> bytes | None:
-        """The picture of the item that an operation wrote; None when it has none, or went since.
+        """The picture of the item that an operation wrote; None when it came without one.
 
         Raises:
+            PictureGone: the item was replaced or deleted since.
             GalleryError: it is damaged or missing.
         """
         with self.database.reading() as connection:
@@ -224,7 +225,8 @@ def open_active(
         raise GalleryError(
             f"{database.name} holds vectors of model {row.model_id[:16]}... (dim {row.dim}), but "
             f"the bundle is model {model_id[:16]}... (dim {dim}): vectors of two models cannot be "
-            "compared. Start with the bundle that belongs to this state, or give --state an empty "
-            "directory and add the images again"
+            "compared. Start with the bundle that belongs to this state; or bring the state to "
+            "this bundle with `python -m service.switch`; or give --state an empty directory and "
+            "add the images again"
         )
     return OperationsLog(database, row)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from service.gallery.protocol import GalleryError, PictureKind
+from service.gallery.protocol import GalleryError, PictureGone, PictureKind
 from service.gallery.rows import GalleryRow, Operation, damaged
 from service.gallery.tables import held, operations, pictures
 
@@ -77,9 +77,10 @@ def remove_orphans(connection: Connection, hashes: Sequence[bytes] | None = None
 def read_picture(
     connection: Connection, gallery: GalleryRow, seq: int, kind: PictureKind
 ) -> bytes | None:
-    """The picture of the item that operation `seq` wrote; None without one, or when it is gone.
+    """The picture of the item that operation `seq` wrote; None when it came without one.
 
     Raises:
+        PictureGone: it was let go: the item was replaced or deleted, or the table is damaged.
         GalleryError: it is damaged or missing although the item is there.
     """
     row = connection.execute(
@@ -97,11 +98,10 @@ def read_picture(
     content = connection.scalar(sa.select(pictures.c.content).where(pictures.c.sha256 == wanted))
     if content is not None and digest(content) == wanted:
         return bytes(content)
+    where = f"the {kind} of the item that operation {seq} of gallery {gallery.id} wrote"
+    cure = "add the image again, or restore the database from a copy"
     mine = sa.and_(held.c.gallery == gallery.id, held.c.seq == seq)
     if content is None and connection.execute(sa.select(held.c.seq).where(mine)).first() is None:
-        return None  # the item was replaced or deleted since it was looked up
+        raise PictureGone(f"{where} is missing; {cure}")
     what = "is missing" if content is None else "does not match its hash"
-    raise GalleryError(
-        f"the {kind} of the item that operation {seq} of gallery {gallery.id} wrote {what}; add "
-        "the image again, or restore the database from a copy"
-    )
+    raise GalleryError(f"{where} {what}; {cure}")

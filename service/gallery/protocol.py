@@ -100,6 +100,10 @@ class IdempotencyConflict(Exception):
     """The key was used for another request."""
 
 
+class PictureGone(Exception):
+    """The item that a picture was kept for was replaced or deleted, unless there is damage."""
+
+
 class TooManyMatches(Exception):
     """A filter finds more items than may be deleted at a time; `count` of them."""
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from service import bodies
 from service.answers import json_bytes, json_response
 from service.errors import Problem, over_limit, validation_problem
-from service.gallery.protocol import Applied, Change, Idempotency, Item
+from service.gallery.protocol import Applied, Change, Idempotency, Item, Vectors
 from service.openapi import body_of, problems
 from service.routes.access import runtime_of
 from service.routes.neighbours import filter_of
@@ -202,7 +202,8 @@ async def _embed(runtime: Runtime, upload: Upload, deadline: float) -> list[Item
     encoded: bodies.EncodedImages = [
         d.content for d in upload.drafts if isinstance(d.content, bytes)
     ]
-    outcomes = iter(await runtime.images.embed(encoded, deadline) if encoded else [])
+    settings = runtime.settings
+    outcomes = iter(await _embedded(runtime, encoded, deadline))
     items = []
     for draft in upload.drafts:
         if not isinstance(draft.content, bytes):
@@ -212,8 +213,23 @@ async def _embed(runtime: Runtime, upload: Upload, deadline: float) -> list[Item
         if isinstance(outcome, ImageRejected):
             upload.reject(draft.id, str(outcome), draft.line)
         else:
-            items.append(Item(draft.id, outcome[0], draft.metadata))
+            vector, thumbnail = outcome
+            original = draft.content if settings.originals == "keep" else None
+            items.append(Item(draft.id, vector, draft.metadata, thumbnail, original))
     return items
+
+
+async def _embedded(
+    runtime: Runtime, encoded: bodies.EncodedImages, deadline: float
+) -> list[tuple[Vectors, bytes | None] | ImageRejected]:
+    """A vector of each image, with its thumbnail where those are kept."""
+    if not encoded:
+        return []
+    if not runtime.settings.thumbnails:
+        rows = await runtime.images.embed(encoded, deadline)
+        return [o if isinstance(o, ImageRejected) else (o[0], None) for o in rows]
+    pictured = await runtime.images.embed_pictured(encoded, deadline)
+    return [o if isinstance(o, ImageRejected) else (o[0][0], o[1]) for o in pictured]
 
 
 def _answer(runtime: Runtime, applied: Applied) -> Response:

@@ -31,8 +31,8 @@ MODELS: dict[type, tuple[str, set[str]]] = {
     client.Rejected: ("RejectedImage", set()),
     client.RejectedItem: ("RejectedItem", set()),
 }
-# Routes for others than the client: an alias of /readyz, and what Prometheus reads.
-NOT_FOR_THE_CLIENT = {("GET", "/health"), ("GET", "/metrics")}
+# Routes for others than the client: an alias of /readyz, what Prometheus reads, what pages show.
+NOT_FOR_THE_CLIENT = {("GET", "/health"), ("GET", "/metrics"), ("GET", "/images/{item_id}")}
 
 
 def schema(name: str) -> Any:

@@ -23,6 +23,7 @@ def test_openapi__holds_the_routes_of_the_contract() -> None:
         ("post", "/embed"),
         ("post", "/items"),
         ("get", "/items"),
+        ("get", "/images/{item_id}"),
         ("get", "/items/{item_id}"),
         ("delete", "/items/{item_id}"),
         ("post", "/items/delete"),
