@@ -2,8 +2,8 @@
 
 Every flag has an environment variable: --max-body-bytes is INVPROP_MAX_BODY_BYTES. Logs are JSON
 lines on stderr; one line for people goes to stdout when the service is ready. SIGTERM and SIGINT
-end it: readiness first, then running requests, then the log is closed; exit code 0. A start that
-fails says `error: ...` and exits with 1.
+end it: readiness first, then running requests, then the log is closed; exit code 0. SIGHUP takes
+over the bundle that its path holds now. A start that fails says `error: ...` and exits with 1.
 """
 
 import argparse
@@ -103,6 +103,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self.runtime.reload)
         yield
 
     async def on_tick(self, counter: int) -> bool:

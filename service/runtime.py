@@ -7,6 +7,7 @@ routes, and the state of every check for /readyz. Parts are loaded in the backgr
 
 import asyncio
 import contextlib
+import contextvars
 import importlib.metadata
 import queue
 import time
@@ -18,10 +19,12 @@ import structlog
 
 from service.batching import BoundedThreads, QueueFull
 from service.decode import DecoderUnavailable
-from service.embedder import Embedder, EmbedderError, OnnxEmbedder
+from service.embedder import Embedder, EmbedderError
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.gallery.choice import SearchOptions
+from service.gallery.database import Database
 from service.gallery.logged import LoggedGallery
+from service.gallery.oplog import OperationsLog
 from service.gallery.protocol import (
     Applied,
     Change,
@@ -36,7 +39,9 @@ from service.gallery.protocol import (
 from service.images import ImagePath
 from service.keys import ApiKeys
 from service.observability import Metrics
+from service.serving import Serving, load_embedder, pinned
 from service.settings import Settings
+from service.switching import Switch, clear_unfinished
 from trainer.representation.bundle import Bundle, BundleError, open_bundle
 
 Result = TypeVar("Result")
@@ -63,13 +68,17 @@ class Runtime:
         self.metrics = Metrics()
         self.draining = False
         self.failure: Exception | None = None
-        self.bundle: Bundle | None = None
-        self.speed: Mapping[str, Any] | None = None  # what the bundle says was timed at its export
         self.loaded = asyncio.Event()
         self._embedder = embedder
         self._gallery = gallery
         self._given_gallery = gallery is not None
         self._images: ImagePath | None = None
+        self._serving: Serving | None = None  # the parts together, once all are there
+        self._database: Database | None = None  # of a gallery that was not given
+        self._switch: Switch | None = None
+        self._switching: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()
+        self._retiring: dict[Serving, asyncio.Task[None]] = {}
         self._compute = BoundedThreads(
             settings.resolved_search_threads(),
             max_pending=settings.max_pending,
@@ -80,23 +89,65 @@ class Runtime:
     @property
     def embedder(self) -> Embedder:
         """The encoder; a Problem while it is loading."""
-        if self._embedder is None or not self.loaded.is_set():
-            raise self._loading()
-        return self._embedder
+        return self._served().embedder
 
     @property
     def images(self) -> ImagePath:
         """The path from images to vectors; a Problem while it is loading."""
-        if self._images is None or not self.loaded.is_set():
-            raise self._loading()
-        return self._images
+        return self._served().images
 
     @property
     def gallery(self) -> Gallery:
         """The gallery; a Problem while it is loading."""
-        if self._gallery is None or not self.loaded.is_set():
+        return self._served().gallery
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """What is served; None where encoder and gallery were given."""
+        return self._served().bundle
+
+    @property
+    def speed(self) -> Mapping[str, Any] | None:
+        """What the bundle says was timed at its export."""
+        return self._served().speed
+
+    def pin(self) -> None:
+        """Let the request that begins here see one model to its end, threads included."""
+        pinned.set(None if self._serving is None else (self, self._serving))
+
+    def _served(self) -> Serving:
+        held = pinned.get()
+        if held is not None and held[0] is self:
+            return held[1]
+        if self._serving is None:
             raise self._loading()
-        return self._gallery
+        return self._serving
+
+    def reload(self) -> None:
+        """Serve what the bundle path holds now, once it is built; on SIGHUP."""
+        if self._serving is None or self._switch is None or not self.loaded.is_set():
+            _log.warning("switch_ignored", reason="not loaded, or the gallery was given")
+        elif self._switching is not None and not self._switching.done():
+            _log.warning("switch_ignored", reason="one is going on already; /info says how far")
+        else:
+            self._switching = asyncio.create_task(self._change(self._switch, self._serving))
+
+    async def _change(self, switch: Switch, old: Serving) -> None:
+        new = await switch.run(old.embedder.model_id)
+        if new is None:
+            return
+        self._embedder, self._images, self._gallery = new.embedder, new.images, new.gallery
+        self._serving = new
+        self._report_parts(new)
+        # Requests that began with the old model end with it.
+        self._retiring[old] = asyncio.create_task(self._retire(old))
+
+    async def _retire(self, old: Serving) -> None:
+        with contextlib.suppress(TimeoutError):  # at once where the service ends
+            await asyncio.wait_for(self._ending.wait(), self.settings.request_timeout_s)
+        await old.images.close()
+        await asyncio.to_thread(old.gallery.close)
+        del self._retiring[old]
 
     def checks(self) -> dict[str, str]:
         """What /readyz looks at: "ok" or what is wrong with it."""
@@ -151,7 +202,9 @@ class Runtime:
             Problem: queue_full.
         """
         try:
-            return await self._compute.run(function, *arguments)
+            # With what the request has pinned.
+            context = contextvars.copy_context()
+            return await self._compute.run(context.run, function, *arguments)
         except QueueFull as full:
             raise queue_full("searches", full.limit, "max_pending") from None
 
@@ -214,6 +267,7 @@ class Runtime:
             "database": self._gallery.database.version,
             "read_only": self._gallery.is_retired,
             "staleness_s": round(self._gallery.staleness_s(), 3),
+            "switch": {} if self._switch is None else self._switch.facts(),
         }
 
     async def _load(self) -> None:
@@ -229,19 +283,12 @@ class Runtime:
 
     async def _load_parts(self) -> None:
         settings = self.settings
+        bundle = None
         if self._embedder is None or self._gallery is None:
-            self.bundle = await asyncio.to_thread(open_bundle, settings.bundle)
-            self.speed = self.bundle.speed()
+            bundle = await asyncio.to_thread(open_bundle, settings.bundle)
         if self._embedder is None:
-            assert self.bundle is not None
-            self._embedder = await asyncio.to_thread(
-                lambda bundle: OnnxEmbedder(
-                    bundle,
-                    execution_provider=settings.execution_provider,
-                    precision=settings.precision,
-                ),
-                self.bundle,
-            )
+            assert bundle is not None
+            self._embedder = await asyncio.to_thread(load_embedder, bundle, settings)
         embedder = self._embedder
         _log.info(
             "encoder_loaded",
@@ -250,35 +297,57 @@ class Runtime:
             asked=settings.precision,
             execution_provider=embedder.execution_provider,
         )
-        self._images = ImagePath(embedder, settings=settings, metrics=self.metrics)
+        self._images = self._image_path(embedder)
         await self._images.start()
         if self._gallery is None:
-            assert self.bundle is not None
-            self._gallery = await asyncio.to_thread(
-                lambda bundle: LoggedGallery(
-                    settings.state,
-                    bundle,
-                    url=settings.database_url(),
-                    search=SearchOptions(
-                        settings.resolved_search_memory_bytes(),
-                        settings.exact_items,
-                        settings.snapshot_every,
-                    ),
-                    follow_interval_s=settings.follow_interval_s,
-                    max_staleness_s=settings.max_staleness_s,
-                    max_pending=settings.max_pending,
-                    idempotency_ttl_s=settings.idempotency_ttl_s,
-                ),
-                self.bundle,
+            assert bundle is not None
+            self._database = await asyncio.to_thread(
+                Database, settings.state, settings.database_url()
             )
-        if isinstance(self._gallery, LoggedGallery):
-            self.metrics.gallery_staleness.set_function(self._gallery.staleness_s)
-            self.metrics.gallery_lag.set_function(self._gallery.lag)
-            gallery = self._gallery
+            self._gallery = await asyncio.to_thread(self._open_gallery, bundle, None)
+            self._switch = Switch(
+                settings,
+                self._database,
+                image_path=self._image_path,
+                open_gallery=self._open_gallery,
+            )
+        speed = None if bundle is None else bundle.speed()
+        self._serving = Serving(embedder, self._images, self._gallery, bundle, speed)
+        self._report_parts(self._serving)
+        if self._database is not None:
+            await asyncio.to_thread(clear_unfinished, self._database)
+
+    def _image_path(self, embedder: Embedder) -> ImagePath:
+        return ImagePath(embedder, settings=self.settings, metrics=self.metrics)
+
+    def _open_gallery(self, bundle: Bundle, log: OperationsLog | None) -> LoggedGallery:
+        assert self._database is not None
+        settings = self.settings
+        return LoggedGallery(
+            self._database,
+            bundle,
+            log=log,
+            search=SearchOptions(
+                settings.resolved_search_memory_bytes(),
+                settings.exact_items,
+                settings.snapshot_every,
+            ),
+            follow_interval_s=settings.follow_interval_s,
+            max_staleness_s=settings.max_staleness_s,
+            max_pending=settings.max_pending,
+            idempotency_ttl_s=settings.idempotency_ttl_s,
+        )
+
+    def _report_parts(self, serving: Serving) -> None:
+        gallery, embedder = serving.gallery, serving.embedder
+        if isinstance(gallery, LoggedGallery):
+            self.metrics.gallery_staleness.set_function(gallery.staleness_s)
+            self.metrics.gallery_lag.set_function(gallery.lag)
             self.metrics.generation_seq.set_function(lambda: gallery.generation_seq)
             self.metrics.log_damaged.set_function(lambda: gallery.is_damaged)
-        self._gallery.on_change(self._report_snapshot)
-        self._report_snapshot(self._gallery.snapshot())
+        gallery.on_change(self._report_snapshot)
+        self._report_snapshot(gallery.snapshot())
+        self.metrics.build_info.clear()
         self.metrics.build_info.labels(
             importlib.metadata.version("invprop"),
             embedder.model_id,
@@ -294,11 +363,19 @@ class Runtime:
         self.metrics.index_bytes.labels(index["index"]).set(index["bytes"])
 
     async def _close(self) -> None:
+        if self._switching is not None:
+            assert self._switch is not None
+            self._switch.stop()
+            await self._switching
+        self._ending.set()
+        await asyncio.gather(*self._retiring.values())
         if self._images is not None:
             await self._images.close()
         await asyncio.to_thread(self._compute.close)
         if self._gallery is not None and not self._given_gallery:
             await asyncio.to_thread(self._gallery.close)
+        if self._database is not None:
+            await asyncio.to_thread(self._database.close)
 
     def _loading(self) -> Problem:
         waiting = [name for name, state in self.checks().items() if state != "ok"]

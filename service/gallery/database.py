@@ -34,6 +34,7 @@ STATEMENT_TIMEOUT_S = 120
 LOCK_TIMEOUT_S = 30
 # Names the lock under which everything is written; any number that nobody else uses.
 _WRITE_LOCK = 0x696E_7670_726F_7001  # "invprop", 1
+_SWITCH_LOCK = 0x696E_7670_726F_7002
 
 _log = structlog.get_logger("service.gallery")
 
@@ -112,6 +113,28 @@ class Database:
             else:
                 with connection.execution_options(immediate=True).begin():
                     yield connection
+
+    @contextlib.contextmanager
+    def switching(self) -> Iterator[None]:
+        """A block in which no other process switches the active gallery.
+
+        Raises:
+            StorageError: another process does; or the database is gone.
+        """
+        if not self.is_shared:  # the directory's lock says so already
+            yield
+            return
+        with self._reported("no switch was begun"):
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            with self._reported("no switch was begun"):
+                lock = sa.select(sa.func.pg_try_advisory_lock(_SWITCH_LOCK))
+                if not connection.scalar(lock):
+                    raise StorageError("another process is switching the gallery", full=False)
+            yield
+        finally:
+            connection.invalidate()  # its end releases the lock, whatever state it is in
+            connection.close()
 
     def close(self) -> None:
         """Close the connections and release the directory."""

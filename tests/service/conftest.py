@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
+from tests.service.postgresql import new_database, postgresql
 from trainer.representation.bundle import (
     Bundle,
     BundleGallery,
@@ -28,6 +29,8 @@ from trainer.representation.bundle import (
 )
 from trainer.representation.neighbours import exact_graph
 from trainer.representation.preprocess import InputContract, prepare
+
+__all__ = ["new_database", "postgresql"]  # fixtures
 
 SIDE, FEATURES, DIM, IMAGES, K = 8, 16, 12, 40, 4
 

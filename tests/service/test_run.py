@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from service.run import listen
 from service.settings import Settings
+from trainer.representation.bundle import open_bundle
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60
@@ -193,3 +195,29 @@ def test_service__says_when_its_port_is_taken(run: Callable[..., Process], tmp_p
         port = taken.getsockname()[1]
         process = run("--bundle", tmp_path, "--state", tmp_path, "--port", port)
         assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in process.failed()
+
+
+def test_service__takes_over_a_new_bundle_on_sighup(
+    run: Callable[..., Process],
+    bundle_directory: Path,
+    make_bundle: Callable[..., Path],
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+) -> None:
+    link, beside = tmp_path / "current", tmp_path / "next"
+    link.symlink_to(bundle_directory)
+    new = open_bundle(make_bundle(tmp_path / "new", seed=5))
+    process = run("--bundle", link, "--state", tmp_path / "state", "--originals", "keep")
+    url = process.ready()
+    httpx2.post(f"{url}/items", files={"images": ("a", picture(1))}, timeout=WAIT_S)
+    beside.symlink_to(new.directory)
+    beside.rename(link)
+    process.popen.send_signal(signal.SIGHUP)
+    tick = threading.Event()
+    while httpx2.get(f"{url}/info", timeout=WAIT_S).json()["model"] != new.model_id:
+        assert process.popen.poll() is None
+        tick.wait(0.05)
+    assert httpx2.get(f"{url}/items/a", timeout=WAIT_S).json()["model"] == new.model_id
+    process.popen.terminate()
+    assert process.popen.wait(WAIT_S) == 0
+    assert "switch_done" in process.log.read_text()

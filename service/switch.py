@@ -1,0 +1,120 @@
+"""Bring a stopped service's gallery to a new bundle:
+python -m service.switch --state DIR --bundle NEW [--database URL]
+
+Items are embedded again from their stored originals; trained ones take the new bundle's vectors. On
+success the new gallery is active, and the service is to be started with the new bundle; otherwise
+nothing has changed. Run again, it goes on where it was stopped. Exit code 0 or 1. INVPROP_DATABASE
+and the settings of the encoder and the decoders are read from the environment as by the service.
+"""
+
+import argparse
+import asyncio
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.decode import DecoderUnavailable
+from service.embedder import EmbedderError
+from service.errors import Problem
+from service.gallery.database import Database
+from service.gallery.protocol import GalleryError, StorageError
+from service.gallery.successor import Progress, Successor, SwitchRefused, drop_building
+from service.images import ImagePath
+from service.observability import Metrics, configure_logging
+from service.serving import EmbedOriginals, load_embedder
+from service.settings import Settings
+from trainer.representation.bundle import Bundle, BundleError, open_bundle
+
+_ERRORS = (
+    BundleError,
+    DecoderUnavailable,
+    EmbedderError,
+    GalleryError,
+    StorageError,
+    SwitchRefused,
+    Problem,
+)
+_SAY_EVERY_S = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Switch; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m service.switch", description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle to come")
+    parser.add_argument("--state", type=Path, help="state directory of the stopped service")
+    parser.add_argument("--database", help="its database, where it has one")
+    given = parser.parse_args(arguments)
+    values: dict[str, Any] = {"bundle": given.bundle, "state": given.state or Path()}
+    if given.database is not None:
+        values["database"] = given.database
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        return _fail("; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors()))
+    configure_logging()
+    if given.state is None and settings.database is None:
+        return _fail("give --state DIR, --database URL or both, as the service has them")
+    try:
+        database = Database(given.state, settings.database_url())
+    except GalleryError as error:
+        return _fail(str(error))
+    try:
+        items, model_id = asyncio.run(_switch(database, settings))
+    except _ERRORS as error:
+        return _fail(str(error))
+    finally:
+        database.close()
+    sys.stdout.write(
+        f"switched: {database.name} now holds {items:,} items of model {model_id[:12]}; start the "
+        f"service with --bundle {given.bundle}\n"
+    )
+    return 0
+
+
+async def _switch(database: Database, settings: Settings) -> tuple[int, str]:
+    bundle = await asyncio.to_thread(open_bundle, settings.bundle)
+    embedder = await asyncio.to_thread(load_embedder, bundle, settings)
+    images = ImagePath(embedder, settings=settings, metrics=Metrics())
+    try:
+        await images.start()
+        embed = EmbedOriginals(images, asyncio.get_running_loop(), settings)
+        items = await asyncio.to_thread(_succeed, database, bundle, embed)
+    finally:
+        await images.close()
+    return items, bundle.model_id
+
+
+def _succeed(database: Database, bundle: Bundle, embed: EmbedOriginals) -> int:
+    with database.switching():
+        successor = Successor(database, bundle, embed)
+        done = threading.Event()
+        saying = threading.Thread(target=_say, args=(successor.progress, done), daemon=True)
+        saying.start()
+        try:
+            successor.finish()
+        except SwitchRefused:
+            drop_building(database)
+            raise
+        finally:
+            done.set()
+            saying.join()
+        return successor.items
+
+
+def _say(progress: Progress, done: threading.Event) -> None:
+    while not done.wait(_SAY_EVERY_S):
+        sys.stdout.write(f"{progress.done:,} of {progress.total:,} operations\n")
+        sys.stdout.flush()
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
