@@ -344,6 +344,7 @@ class LoggedGallery:
         outcomes: list[Applied | Exception] = []
         fresh: dict[str, Remembered] = {}
         horizon = self._clock() - self._ttl_s
+        seen_at = time.monotonic()
         with self._log.writing() as transaction:
             base = self._advanced(transaction.operations(self._snapshot.version))
             self._recall_from(transaction, changes)
@@ -364,6 +365,7 @@ class LoggedGallery:
                     forget_before=horizon,
                 )
         # On disk. What follows is in memory only.
+        self._in_step_at = seen_at
         self._remembered = {
             key: entry
             for key, entry in {**self._remembered, **fresh}.items()

@@ -256,6 +256,16 @@ def test_staleness__past_its_bound_is_trouble_with_a_name(
     assert fresh.lag() == 0
 
 
+def test_staleness__ends_with_a_change_too(
+    new_database: Callable[[], str], open_gallery: Open
+) -> None:
+    gallery = open_gallery(new_database(), follow_interval_s=3600.0)
+    gallery._in_step_at -= 1000.0
+    assert "max_staleness_s" in str(gallery.trouble())
+    do(gallery, deletes=["nothing"])  # under a constant load there is no time for looking
+    assert gallery.trouble() is None
+
+
 def test_shared_log__damaged_while_it_is_followed_is_named_and_not_served(
     new_database: Callable[[], str], open_gallery: Open, random_units: Units
 ) -> None:
