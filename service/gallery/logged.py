@@ -234,8 +234,11 @@ class LoggedGallery:
             if log is None:
                 self._forget_others()
             first = self._load(self._log)
-        except StorageError as error:
-            opened.set_exception(GalleryError(str(error)))
+        except (StorageError, GalleryError) as error:
+            # Whoever reads it wants to know which file or database.
+            name = self.database.name
+            told = str(error) if name in str(error) else f"{name}: {error}"
+            opened.set_exception(GalleryError(told))
             return
         except Exception as error:  # noqa: BLE001 - the thread's door: whoever opens gets it
             opened.set_exception(error)

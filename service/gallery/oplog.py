@@ -221,6 +221,7 @@ def open_active(
         if row is None:
             row = add_gallery(connection, model_id=model_id, dim=dim)
             row = insert_operations(connection, row, first())
+    database.mark_begun()
     if row.model_id != model_id or row.dim != dim:
         raise GalleryError(
             f"{database.name} holds vectors of model {row.model_id[:16]}... (dim {row.dim}), but "

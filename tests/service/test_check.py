@@ -183,4 +183,5 @@ def test_check__that_cannot_be_made(
     gallery.close()
     assert main(["--state", str(tmp_path / "state")]) == 0
     left = sorted(p.name for p in (tmp_path / "state").iterdir())
-    assert left == ["generations", "lock", FILE_NAME]  # nothing but what the service wrote
+    # Nothing but what the service wrote.
+    assert left == ["begun", "generations", "lock", FILE_NAME]
