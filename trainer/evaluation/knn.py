@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from trainer.evaluation.context import Evaluation, Network
 from trainer.evaluation.features import extract, labels_of
 from trainer.evaluation.job import TEST, TRAIN, KnnSettings
-from trainer.evaluation.outcome import Outcome, Result, accuracies, classified
+from trainer.evaluation.outcome import Outcome, Result, classified
 from trainer.evaluation.votes import knn_votes, unit_rows
 
 
@@ -18,7 +18,7 @@ def knn(evaluation: Evaluation, settings: KnnSettings) -> Outcome:
     """Weighted kNN on `embedding` and `features` of unit length, for each k."""
     dataset = evaluation.dataset
     trained, labels, rows = _votes(evaluation, evaluation.trained, settings)
-    untrained, own_labels, _ = _votes(evaluation, evaluation.untrained(), settings)
+    untrained, _, _ = _votes(evaluation, evaluation.untrained(), settings)
     results: list[Result] = []
     for (output, k), votes in trained.items():
         results.append(
@@ -29,7 +29,7 @@ def knn(evaluation: Evaluation, settings: KnnSettings) -> Outcome:
                 dataset.class_names,
                 rows=rows,
                 seed=evaluation.seed,
-                untrained=accuracies(untrained[output, k], own_labels),
+                untrained=untrained[output, k],
                 facts={"output": output, "k": k, "temperature": settings.temperature},
             )
         )

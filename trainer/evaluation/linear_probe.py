@@ -16,7 +16,7 @@ from trainer.evaluation.features import Extracted, extract, labels_of
 from trainer.evaluation.job import TEST, TRAIN, VALIDATION, LinearProbeSettings
 from trainer.evaluation.layers import encode_with, expanded
 from trainer.evaluation.logistic import Fitted, choose_c, fit_logistic
-from trainer.evaluation.outcome import Curve, Outcome, Result, accuracies, classified
+from trainer.evaluation.outcome import Curve, Outcome, Result, classified
 from trainer.evaluation.sgd_heads import HeadBatch, Heads, train_heads
 from trainer.evaluation.views import TrainingViews
 
@@ -28,10 +28,10 @@ def linear_probe(evaluation: Evaluation, settings: LinearProbeSettings) -> Outco
     layers = expanded(evaluation.trained.encoder, settings.layers)
     probe = _by_lbfgs if settings.classifier == "lbfgs" else _by_sgd
     trained = probe(evaluation, evaluation.trained, layers, settings)
-    untrained: dict[str, dict[str, float]] = {}
+    untrained: dict[str, NDArray[np.float32]] = {}
     if not (settings.classifier == "sgd" and settings.augment):  # all epochs anew: not cheap
         baseline = probe(evaluation, evaluation.untrained(), layers, settings)
-        untrained = {name: accuracies(scores, baseline.labels) for name, scores in baseline.scores}
+        untrained = dict(baseline.scores)
     results: list[Result] = [
         classified(
             layer,

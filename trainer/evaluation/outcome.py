@@ -52,6 +52,8 @@ class Result:
         mistakes: the most confident ones, the worst first.
         untrained: metrics of the same protocol on an untrained encoder of the same architecture;
             None where it was too dear to measure.
+        gains: name to the ends of the interval of the metric above the untrained encoder's, both
+            counted on the same drawn items; empty without `untrained`.
         facts: what was chosen and how: C and its validation figures, rows used, iterations, ...
     """
 
@@ -62,6 +64,7 @@ class Result:
     confusion: NDArray[np.int64] | None = None
     mistakes: Sequence[Mistake] = ()
     untrained: Mapping[str, float] | None = None
+    gains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +91,7 @@ def classified(
     *,
     rows: NDArray[np.int64],
     seed: int,
-    untrained: Mapping[str, float] | None = None,
+    untrained: NDArray[np.floating[Any]] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Result:
     """Count a classification.
@@ -98,9 +101,11 @@ def classified(
         labels: (N,) true classes.
         rows: (N,) places of the items in the test split.
         seed: of the bootstrap.
+        untrained: (N, C) scores of the same items by an untrained encoder.
     """
     ranks = label_ranks(scores, labels)
     top1, top5 = ranks == 0, ranks < TOP5
+    plain = None if untrained is None else label_ranks(untrained, labels)
     predicted = scores.argmax(axis=1)
     count = len(class_names)
     confusion = np.zeros((count, count), np.int64)
@@ -125,7 +130,8 @@ def classified(
         ],
         confusion=confusion,
         mistakes=_mistakes(scores, labels, predicted, rows),
-        untrained=untrained,
+        untrained=None if untrained is None else accuracies(untrained, labels),
+        gains={} if plain is None else _gains(ranks, plain, labels, count, seed=seed),
         facts=facts or {},
     )
 
@@ -166,6 +172,24 @@ def bootstrap(
         name: tuple(np.nanpercentile([each[name] for each in measured], ends).tolist())
         for name in measured[0]
     }
+
+
+def _gains(
+    ranks: NDArray[np.int64],
+    plain: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    count: int,
+    *,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    def measure(rows: NDArray[np.int64]) -> dict[str, float]:
+        ours, theirs = (
+            _accuracies(each[rows] == 0, each[rows] < TOP5, labels[rows], count)
+            for each in (ranks, plain)
+        )
+        return {name: value - theirs[name] for name, value in ours.items()}
+
+    return bootstrap(measure, len(labels), seed=seed)
 
 
 def _accuracies(

@@ -79,8 +79,12 @@ def _summary(title: str, report: Report) -> str:
     if head["untrained"] is not None:
         told += (
             f" The same protocol on an untrained encoder of this architecture: "
-            f"{_share(head['untrained'])}."
+            f"{_share(head['untrained'])}"
         )
+        if head["gain"] is not None:
+            low, high = head["gain"]
+            told += f", a difference of {100 * low:.2f} to {100 * high:.2f} points"
+        told += "."
     notes = []
     if dataset["divided_by_seed"]:
         notes.append(

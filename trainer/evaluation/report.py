@@ -46,6 +46,9 @@ def report_of(
             if outcome.headline in first.intervals
             else None,
             "untrained": (first.untrained or {}).get(outcome.headline),
+            "gain": list(first.gains[outcome.headline])
+            if outcome.headline in first.gains
+            else None,
         },
         "confidence": CONFIDENCE,
         "results": [_result(each, evaluation.dataset) for each in outcome.results],
@@ -88,6 +91,7 @@ def _result(result: Result, dataset: LabelledDataset) -> dict[str, Any]:
         "metrics": dict(result.metrics),
         "intervals": {name: list(ends) for name, ends in result.intervals.items()},
         "untrained": None if result.untrained is None else dict(result.untrained),
+        "gains": {name: list(ends) for name, ends in result.gains.items()},
         "per_class": [dict(row) for row in result.per_class],
         "confusion": None if result.confusion is None else result.confusion.tolist(),
         "mistakes": [_mistake(each, dataset) for each in result.mistakes],

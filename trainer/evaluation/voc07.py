@@ -79,6 +79,15 @@ def voc07_svm(evaluation: Evaluation, settings: Voc07Settings) -> Outcome:
             for seat, name in enumerate(evaluation.dataset.class_names)
         ],
         untrained=_means(baseline.scores, baseline.targets),
+        gains=bootstrap(
+            lambda rows: {
+                name: value - _means(baseline.scores[rows], trained.targets[rows])[name]
+                for name, value in _means(trained.scores[rows], trained.targets[rows]).items()
+            },
+            len(trained.scores),
+            seed=evaluation.seed,
+            draws=BOOTSTRAP_DRAWS,
+        ),
         facts={"classifier": settings.classifier, "layer": layers[0]},
     )
     return Outcome([result], headline="map_11point", curves=trained.curves)

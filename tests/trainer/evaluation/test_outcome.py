@@ -44,6 +44,18 @@ def test_classified__tables_by_hand() -> None:
     ] == {"class": "b", "count": 0, "top1": None}
 
 
+def test_gain__is_counted_on_the_same_items() -> None:
+    # Both right on the same 80 of 100, ours on 10 more: whatever is drawn, it is never below 0.
+    labels = np.zeros(100, np.int64)
+    ours, theirs = np.zeros((100, 2)), np.zeros((100, 2))
+    ours[90:, 1] = theirs[80:, 1] = 1
+    result = classified("x", ours, labels, ["a", "b"], rows=labels, seed=0, untrained=theirs)
+    assert result.untrained == {"top1": 0.8, "mean_per_class": 0.8}
+    low, high = result.gains["top1"]
+    assert 0.03 <= low <= 0.06 < 0.14 <= high <= 0.18  # 0.1 +- 1.96 * sqrt(0.1 * 0.9 / 100)
+    assert not classified("x", ours, labels, ["a", "b"], rows=labels, seed=0).gains
+
+
 def test_bootstrap__is_the_binomial_interval_of_a_share() -> None:
     right = np.arange(400) < 300  # 0.75 +- 1.96 * sqrt(0.75 * 0.25 / 400) = 0.0424
     low, high = bootstrap(lambda rows: {"top1": right[rows].mean()}, 400, seed=0)["top1"]
