@@ -63,3 +63,10 @@ def test_bootstrap__is_the_binomial_interval_of_a_share() -> None:
     assert high == pytest.approx(0.75 + 0.0424, abs=0.008)
     again = bootstrap(lambda rows: {"top1": right[rows].mean()}, 400, seed=0)["top1"]
     assert again == (low, high)
+
+
+def test_confusion__has_the_true_classes_as_rows() -> None:
+    scores, labels = np.array([[0.0, 1.0]] * 3), np.array([0, 0, 1])
+    result = classified("x", scores, labels, ["a", "b"], rows=np.arange(3), seed=0)
+    assert result.confusion is not None
+    assert result.confusion.tolist() == [[0, 2], [0, 1]]
