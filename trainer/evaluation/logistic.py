@@ -60,9 +60,8 @@ def standardised_by(rows: Rows) -> Standardisation:
     """What moves the columns of (N, F) to mean 0 and scales them to deviation 1."""
     mean = rows.mean(axis=0, dtype=np.float64)
     deviation = rows.std(axis=0, dtype=np.float64)
-    # A constant column's deviation is rounding, not spread.
-    floor = 1e-6 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
-    return Standardisation(mean, np.where(deviation > floor, deviation, np.inf))
+    # Sums of equal float32 numbers are exact in float64: a constant column's deviation is 0.
+    return Standardisation(mean, np.where(deviation > 0, deviation, np.inf))
 
 
 def fit_logistic(rows: Rows, labels: Labels, *, c: float, max_iter: int, seed: int) -> Fitted:

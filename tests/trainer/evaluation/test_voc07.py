@@ -51,9 +51,10 @@ def test_tree__of_unknown_classes_or_parts_missing(make_evaluation: Make, voc_tr
 
 
 def test_mean__leaves_difficult_items_and_absent_classes_out() -> None:
-    scores = np.array([[0.9, 0.1, 0], [0.8, 0.2, 0], [0.7, 0.3, 0]])
+    scores = np.array([[0.8, 0.1, 0], [0.9, 0.2, 0], [0.7, 0.3, 0]])
     targets = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0]], np.int8)
-    # Class 0: a hit, then a miss: 1. Class 1: its hit comes first: 1. Class 2 is nowhere.
+    # Class 0: the difficult one first, which does not count, then a hit, a miss: 1. Class 1: its
+    # hit comes first: 1. Class 2 is nowhere.
     assert mean_average_precision(scores, targets, "map_area") == 1
     targets[1, 0] = 0
     scores[:, 0] = [0.7, 0.8, 0.9]  # miss, miss, hit: 1/3
