@@ -332,8 +332,13 @@ def _prepare_or_say(
     pictures: tuple[Picture, ...], contract: InputContract
 ) -> list[NDArray[np.uint8] | str]:
     found: list[NDArray[np.uint8] | str] = []
+    side = contract.size_px if contract.crop_fraction == 1 else -1
+    whole = (side, side, 3)
     for picture in pictures:
         try:
+            if isinstance(picture, np.ndarray) and picture.shape == whole:
+                found.append(picture)  # what resizing it to its own size would give
+                continue
             with _limited(PICTURE_LIMIT_S):
                 found.append(prepared_picture(picture, contract))
         except ImageRejected as error:

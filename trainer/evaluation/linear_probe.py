@@ -129,6 +129,7 @@ def _by_sgd(
         widths,
         len(evaluation.dataset.class_names),
         batch_norm=settings.batch_norm,
+        affine=settings.official_quirks,
         seed=evaluation.seed,
         device=evaluation.device,
     )

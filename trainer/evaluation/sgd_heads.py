@@ -51,7 +51,12 @@ class Heads:
         batch_norm: bool,
         seed: int,
         device: torch.device,
+        affine: bool = False,
     ) -> None:
+        """`affine`: the batch normalisation scales and moves, as in the released code.
+
+        With statistics that are learned it would let the authors' rate of 1.0 diverge.
+        """
         generator = torch.Generator().manual_seed(seed)
         self.device = device
         self.modules: dict[str, nn.Sequential] = {}
@@ -60,7 +65,7 @@ class Heads:
             with torch.no_grad():
                 linear.weight.normal_(0, INITIAL_DEVIATION, generator=generator)
                 linear.bias.zero_()
-            layers = [nn.BatchNorm1d(width), linear] if batch_norm else [linear]
+            layers = [nn.BatchNorm1d(width, affine=affine), linear] if batch_norm else [linear]
             self.modules[name] = nn.Sequential(*layers).to(device)
 
     def parameters(self) -> list[nn.Parameter]:
