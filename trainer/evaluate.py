@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trainer.datasets import DataError
 from trainer.evaluation.job import JobError, load_job
+from trainer.host_memory import keep_freed_memory
 
 SUCCEEDED, FAILED, WRONG_USE = 0, 1, 2
 INTERRUPTED, TERMINATED = 130, 143
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = load_job(arguments.job)
     except JobError as error:
         return _fail("job_invalid", str(error), WRONG_USE)
+    keep_freed_memory()  # blocks of similarities are asked for again and again
     # Imported here: the decoding processes are spawned, import this file anew, and would each pay
     # seconds and hundreds of megabytes for torch.
     from trainer.evaluation.outcome import EvaluationError

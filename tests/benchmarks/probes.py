@@ -125,8 +125,10 @@ if __name__ == "__main__":
     from trainer.evaluation.logistic import choose_c, fit_logistic
     from trainer.evaluation.sgd_heads import HeadBatch, Heads, train_heads
     from trainer.evaluation.votes import QUERIES_TOGETHER, knn_votes, unit_rows
+    from trainer.host_memory import keep_freed_memory
 
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as trainer.evaluate does
     print(f"threads {options.threads}, load {os.getloadavg()[0]:.1f}")
     if options.what == "knn":
         compare_knn(options.repeats, options.queries)
