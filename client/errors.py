@@ -11,19 +11,24 @@
         ├── RouteNotFound         not_found               no such route: a wrong URL, or a version
         ├── ItemNotFound          item_not_found          no item of this id
         ├── MethodNotAllowed      method_not_allowed      the route has no such method
+        ├── RequestTimeout        request_timeout         the request arrived too slowly
         ├── IdempotencyConflict   idempotency_conflict    one key, two different requests
         ├── PictureNotFound       picture_not_found       an item without a picture
         ├── PictureDamaged        picture_damaged         a picture that is not what was stored
         ├── ModelMismatch         model_mismatch          vectors of another model
         ├── BodyTooLarge          body_too_large          more bytes than allowed
         ├── TooMany               too_many                more pictures, ids or vectors than allowed
+        ├── UrlTooLong            url_too_long            path and query longer than allowed
         ├── UnsupportedMediaType  unsupported_media_type  a format the route does not take
         ├── InvalidRequest        invalid_request         errors: which fields, and why
         ├── LimitExceeded         limit_exceeded          limit, setting: what was passed
         ├── ImageRejected         image_rejected          errors: which pictures, and why
         ├── QueueFull             queue_full              at capacity: retry_after_s
+        ├── RateLimited           rate_limited            more a second than allowed: retry_after_s
+        ├── HeadersTooLarge       headers_too_large       more bytes of headers than allowed
         ├── InternalError         internal_error          a defect of the service: request_id
         ├── Loading               loading                 starting
+        ├── Overloaded            overloaded              too many connections
         ├── NotReady              not_ready               a check of /readyz failed
         ├── StorageFailed         storage_failed          a change could not be stored
         ├── GalleryRetired        gallery_retired         replaced by another model's: send it again
@@ -168,6 +173,10 @@ class MethodNotAllowed(ServiceError):
     known_code = "method_not_allowed"
 
 
+class RequestTimeout(ServiceError):
+    known_code = "request_timeout"
+
+
 class IdempotencyConflict(ServiceError):
     known_code = "idempotency_conflict"
 
@@ -182,6 +191,10 @@ class BodyTooLarge(ServiceError):
 
 class TooMany(ServiceError):
     known_code = "too_many"
+
+
+class UrlTooLong(ServiceError):
+    known_code = "url_too_long"
 
 
 class UnsupportedMediaType(ServiceError):
@@ -212,12 +225,24 @@ class QueueFull(ServiceError):
     known_code = "queue_full"
 
 
+class RateLimited(ServiceError):
+    known_code = "rate_limited"
+
+
+class HeadersTooLarge(ServiceError):
+    known_code = "headers_too_large"
+
+
 class InternalError(ServiceError):
     known_code = "internal_error"
 
 
 class Loading(ServiceError):
     known_code = "loading"
+
+
+class Overloaded(ServiceError):
+    known_code = "overloaded"
 
 
 class NotReady(ServiceError):

@@ -1,7 +1,7 @@
 """The application: settings in, a FastAPI application out. Every seam is an argument.
 
-Order of the layers, from outside: request id, log line and metrics; keys and roles; the size of
-bodies; errors as problem documents; the routes.
+Order of the layers, from outside: request id, log line and metrics; keys and roles; rates and
+sizes; errors as problem documents; the routes.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ from typing import Any
 import structlog
 from fastapi import FastAPI
 
+from service.admission import Admit
 from service.auth import Authorise
-from service.bodies import LimitBodies
 from service.embedder import Embedder
 from service.errors import install_handlers
 from service.gallery.protocol import Gallery
@@ -87,7 +87,7 @@ def create_app(
     app.state.runtime = runtime
     policy = Policy()
     app.add_middleware(embed.EmbedDirectly)
-    app.add_middleware(LimitBodies, max_body_bytes=runtime.settings.max_body_bytes)
+    app.add_middleware(Admit, settings=settings, rates=runtime.rates, metrics=runtime.metrics)
     app.add_middleware(Authorise, keys=keys, policy=policy)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)
     install_handlers(app)

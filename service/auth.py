@@ -22,6 +22,7 @@ class Caller(NamedTuple):
 
     key: str | None  # the key's name; None without keys and on open routes
     address: str
+    is_open: bool  # the route asks nobody who they are
 
     @property
     def identity(self) -> str:
@@ -42,20 +43,22 @@ class Authorise:
             await self._app(scope, receive, send)
             return
         try:
-            key = self._admit(scope)
+            key, is_open = self._admit(scope)
         except _Refused as refused:
             await refused.problem.response(refused.headers)(scope, receive, send)
             return
         client = scope.get("client")
-        scope[CALLER] = Caller(None if key is None else key.name, client[0] if client else "")
+        scope[CALLER] = Caller(
+            None if key is None else key.name, client[0] if client else "", is_open
+        )
         await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> Key | None:
+    def _admit(self, scope: Scope) -> tuple[Key | None, bool]:
         method, path = scope["method"], scope["path"]
         place = self._policy.place(path)
         wanted = place.roles.get(method)
         if wanted is Role.OPEN:
-            return None
+            return None, True
         key = self._identify(scope) if self._keys.configured else None
         if wanted is None and place.roles:
             raise _Refused(
@@ -81,7 +84,7 @@ class Authorise:
                     wanted=wanted.name.lower(),
                 ),
             )
-        return key
+        return key, False
 
     def _identify(self, scope: Scope) -> Key:
         presented = _presented(Headers(scope=scope))

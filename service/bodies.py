@@ -17,9 +17,8 @@ import orjson
 from fastapi import Request
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Problem, over_limit, validation_problem
 from service.settings import Settings
@@ -38,39 +37,6 @@ _NPY_HEADER = re.compile(
     rb"\s*'shape':\s*(\((?:\d{1,12},?\s*){0,8}\)),?\s*\}\s*"
 )
 _DATA_URI = re.compile(r"data:(image/[a-z0-9.+-]+)?;base64,", re.IGNORECASE)
-
-
-class LimitBodies:
-    """ASGI layer: a body over `max_body_bytes` is refused, by its announced or its real size."""
-
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
-        self._app = app
-        self._limit = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdigit() and int(announced) > self._limit:
-            await self._problem(int(announced)).response({"Connection": "close"})(
-                scope, receive, send
-            )
-            return
-        received = 0
-
-        async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._limit:
-                raise self._problem(received)
-            return message
-
-        await self._app(scope, receive_limited, send)
-
-    def _problem(self, got: int) -> Problem:
-        return over_limit("body_too_large", "bytes in the body", got, "max_body_bytes", self._limit)
 
 
 def content_type(request: Request) -> str:

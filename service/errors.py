@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -25,18 +26,23 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "item_not_found": (404, "There is no such item"),
     "picture_not_found": (404, "There is no picture of this item"),
     "method_not_allowed": (405, "The route has no such method"),
+    "request_timeout": (408, "The request arrived too slowly"),
     "idempotency_conflict": (409, "The Idempotency-Key was used for another request"),
     "model_mismatch": (409, "The vector comes from another model"),
     "body_too_large": (413, "The body is too large"),
     "too_many": (413, "There is too much in one request"),
+    "url_too_long": (414, "The URL is too long"),
     "unsupported_media_type": (415, "The body has a format that this route does not take"),
     "invalid_request": (422, "The request is not valid"),
     "limit_exceeded": (422, "A limit is exceeded"),
     "image_rejected": (422, "An image was rejected"),
     "queue_full": (429, "The service is at its capacity"),
     "picture_damaged": (500, "The picture is not what was stored"),
+    "rate_limited": (429, "The caller sends too much"),
+    "headers_too_large": (431, "The headers are too large"),
     "internal_error": (500, "The service failed"),
     "loading": (503, "The service is loading"),
+    "overloaded": (503, "The service has too many connections"),
     "not_ready": (503, "The service is not ready"),
     "storage_failed": (503, "The change could not be stored"),
     "gallery_retired": (503, "The gallery was replaced by one of another model"),
@@ -44,6 +50,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "deadline_exceeded": (504, "The answer took too long"),
     "storage_full": (507, "The disk is full"),
 }
+PROBLEM_CODE = "invprop.problem"  # in the scope of a request that was answered with a problem
 RETRY_AFTER_S = 1  # queues empty within seconds
 
 # The code for what the web framework itself refuses.
@@ -85,12 +92,21 @@ class Problem(Exception):
         sent = dict(headers or {})
         if self.retry_after_s is not None:
             sent["Retry-After"] = str(self.retry_after_s)
-        return Response(
-            orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS),
-            status_code=status,
-            media_type=MEDIA_TYPE,
-            headers=sent,
+        return _ProblemResponse(
+            self.code, orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS), status, sent
         )
+
+
+class _ProblemResponse(Response):
+    media_type = MEDIA_TYPE
+
+    def __init__(self, code: str, body: bytes, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(body, status_code=status, headers=headers)
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[PROBLEM_CODE] = self._code
+        await super().__call__(scope, receive, send)
 
 
 def over_limit(code: str, what: str, got: int | float, setting: str, limit: int | float) -> Problem:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from service.admission import Rates
 from service.batching import Batcher, QueueFull, WaitTooLong
 from service.bodies import EncodedImages
 from service.decode import DecoderPool, DecodersBusy, DecoderUnavailable
@@ -34,10 +35,13 @@ Decoded = TypeVar("Decoded")
 class ImagePath:
     """Decoders and encoder with their queues; to be started and closed on the event loop."""
 
-    def __init__(self, embedder: Embedder, *, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, embedder: Embedder, *, settings: Settings, metrics: Metrics, rates: Rates
+    ) -> None:
         self.metrics = metrics
         self._embedder = embedder
         self._settings = settings
+        self._rates = rates
         self._decoders: DecoderPool | None = None
         on_cpu = embedder.execution_provider.startswith("CPU")
         self._batcher: Batcher[NDArray[np.uint8], Row] = Batcher(
@@ -136,6 +140,7 @@ class ImagePath:
 
     @contextlib.contextmanager
     def _admission(self, count: int) -> Iterator[None]:
+        self._rates.take_images(count)
         with _as_problems(), self._batcher.admit(count):
             yield
 

@@ -4,6 +4,7 @@ In: requests as they pass, and what the stages report. Out: structured lines on 
 Prometheus text. No user data: neither ids nor file names nor vectors are logged or used as labels.
 """
 
+import asyncio
 import logging
 import re
 import sys
@@ -11,22 +12,50 @@ import time
 import uuid
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import Headers, MutableHeaders
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import unexpected
+from service.auth import CALLER
+from service.errors import PROBLEM_CODE, unexpected
 
 REQUEST_ID_HEADER = "X-Request-Id"
+_RAW_REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 # A caller's request id is kept when it is harmless in a log line.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TIME_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+# Of every answer. A page may load what comes from here and nothing else, and stand in no frame.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+}
+_RAW_SECURITY_HEADERS = [
+    (name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()
+]
+CLIENT_GONE = 499  # in log and metrics: nobody was there to be answered
+_LAG_EVERY_S = 0.5
+
 _log = structlog.get_logger("service")
 
 
-def configure_logging() -> None:
+def configure_logging(level: str) -> None:
     """Write one JSON object per line to stderr, for our lines and for the web server's."""
     processors: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -37,7 +66,9 @@ def configure_logging() -> None:
     structlog.configure(
         processors=[*processors, structlog.processors.JSONRenderer()],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -166,6 +197,28 @@ class Metrics:
             "Changes of the log, when last looked at, that the gallery does not hold yet",
             registry=registry,
         )
+        self.event_loop_lag = Histogram(
+            "invprop_event_loop_lag_seconds",
+            "How much later than asked the event loop wakes a task",
+            registry=registry,
+            buckets=_TIME_BUCKETS,
+        )
+        self.connections = Gauge("invprop_connections", "Open connections", registry=registry)
+        self.connections_closed = Counter(
+            "invprop_connections_closed",
+            "Connections closed for what they did or did not do",
+            ["reason"],
+            registry=registry,
+        )
+        self.pending_body_bytes = Gauge(
+            "invprop_pending_body_bytes",
+            "What bodies of unanswered requests take in memory, as max_pending_body_bytes counts",
+            registry=registry,
+        )
+        self.problems = Counter(
+            "invprop_problems", "Errors answered, by code", ["code"], registry=registry
+        )
+        ProcessCollector(registry=registry)  # memory, CPU, file descriptors
         self.build_info = Gauge(
             "invprop_build_info",
             "1, with what is running as labels",
@@ -176,6 +229,14 @@ class Metrics:
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+async def watch_event_loop(metrics: Metrics) -> None:
+    """Measure for ever how late the event loop is."""
+    while True:
+        started = time.perf_counter()
+        await asyncio.sleep(_LAG_EVERY_S)
+        metrics.event_loop_lag.observe(max(0.0, time.perf_counter() - started - _LAG_EVERY_S))
 
 
 class ObserveRequests:
@@ -206,7 +267,11 @@ class ObserveRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (_RAW_REQUEST_ID, request_id.encode()),
+                    *_RAW_SECURITY_HEADERS,
+                ]
             elif without_body:
                 message = {**message, "body": b""}
             await send(message)
@@ -214,6 +279,8 @@ class ObserveRequests:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
+            except ClientDisconnect:  # it went away while it sent its body
+                status = CLIENT_GONE
             except Exception as error:  # noqa: BLE001 - the door of a request
                 response = unexpected(error)
                 if status == 0:
@@ -226,6 +293,9 @@ class ObserveRequests:
         method = method if method in _METHODS else "other"
         self._metrics.requests.labels(method, route, str(status)).inc()
         self._metrics.request_duration.labels(method, route).observe(duration_s)
+        code = scope.get(PROBLEM_CODE)
+        if code is not None:
+            self._metrics.problems.labels(code).inc()
         level = logging.WARNING if status >= 500 or status == 0 else logging.INFO
         _log.log(
             level,
@@ -233,6 +303,8 @@ class ObserveRequests:
             method=method,
             route=route,
             status=status,
+            code=code,
+            key=getattr(scope.get(CALLER), "key", None),
             duration_ms=round(duration_s * 1000, 2),
         )
 

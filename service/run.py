@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,18 +24,23 @@ from pydantic import ValidationError
 from service.app import create_app
 from service.keys import KeysError
 from service.observability import configure_logging
+from service.protocol import BoundedConfig, Connections
 from service.runtime import Runtime
 from service.settings import ENV_PREFIX, Settings
+
+TICKS_PER_S = 10  # how often uvicorn calls on_tick
+SPARE_FILES = 256  # file descriptors for everything that is no connection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal; returns the exit code."""
     try:
         settings = read_settings(arguments)
+        allow_files(settings.max_connections + SPARE_FILES)
         listener = listen(settings)
     except StartError as error:
         return _fail(error)
-    configure_logging()
+    configure_logging(settings.log_level)
     with listener:
         try:
             app = create_app(settings)
@@ -78,19 +84,22 @@ class Server(uvicorn.Server):
     """uvicorn with our signals, our last words and our reasons to stop."""
 
     def __init__(self, app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+        runtime = app.state.runtime
+        assert isinstance(runtime, Runtime)
+        self.runtime = runtime
+        self.bounds = Connections(settings, runtime.metrics)
         super().__init__(
-            uvicorn.Config(
+            BoundedConfig(
                 app,
+                self.bounds,
                 log_config=None,
                 access_log=False,  # service.observability writes one line for each request
                 server_header=False,
+                proxy_headers=False,  # an address that the caller claims is no address
                 lifespan="on",
                 timeout_graceful_shutdown=settings.shutdown_timeout_s,
             )
         )
-        runtime = app.state.runtime
-        assert isinstance(runtime, Runtime)
-        self.runtime = runtime
         self._settings = settings
         self._listener = listener
         self._announced = False
@@ -108,6 +117,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
+        if counter % TICKS_PER_S == 0:
+            self.bounds.sweep()
         if self.runtime.failure is not None:
             return True
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
@@ -157,6 +168,22 @@ def listen(settings: Settings) -> socket.socket:
     # each other's acknowledgement: 40 ms on every small request.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def allow_files(wanted: int) -> None:
+    """Let the process open so many files, as far as it may itself.
+
+    Raises:
+        StartError: the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise StartError(
+            f"max_connections wants {wanted:,} open files, the process may have {hard:,}; raise "
+            "that limit (ulimit -Hn), or choose a lower --max-connections"
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _explain(entry: object) -> str:

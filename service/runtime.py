@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import faiss
 import structlog
 
+from service.admission import Rates
 from service.batching import BoundedThreads, QueueFull
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError
@@ -38,7 +39,7 @@ from service.gallery.protocol import (
 )
 from service.images import ImagePath
 from service.keys import ApiKeys
-from service.observability import Metrics
+from service.observability import Metrics, watch_event_loop
 from service.serving import Serving, load_embedder, pinned
 from service.settings import Settings
 from service.switching import Switch, clear_unfinished
@@ -65,6 +66,7 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.keys = keys
+        self.rates = Rates(settings)
         self.metrics = Metrics()
         self.draining = False
         self.failure: Exception | None = None
@@ -168,9 +170,11 @@ class Runtime:
     async def running(self) -> AsyncIterator[None]:
         """Load in the background, and release everything at the end."""
         loading = asyncio.create_task(self._load())
+        watching = asyncio.create_task(watch_event_loop(self.metrics))
         try:
             yield
         finally:
+            watching.cancel()
             await loading
             await self._close()
 
@@ -318,7 +322,7 @@ class Runtime:
             await asyncio.to_thread(clear_unfinished, self._database)
 
     def _image_path(self, embedder: Embedder) -> ImagePath:
-        return ImagePath(embedder, settings=self.settings, metrics=self.metrics)
+        return ImagePath(embedder, settings=self.settings, metrics=self.metrics, rates=self.rates)
 
     def _open_gallery(self, bundle: Bundle, log: OperationsLog | None) -> LoggedGallery:
         assert self._database is not None

@@ -16,6 +16,7 @@ from trainer.representation.preprocess import MAX_PIXELS
 
 ENV_PREFIX = "INVPROP_"
 MIB = 2**20
+IMAGES_WINDOW_S = 10  # long enough for the largest request of an ordinary rate
 
 
 class Settings(BaseSettings):
@@ -132,6 +133,43 @@ class Settings(BaseSettings):
         default=5000, ge=1, description="A decoder process is replaced after so many images."
     )
 
+    max_requests_per_s: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Requests a second of each key, or of each address without keys; 429. 0: any.",
+    )
+    max_images_per_s: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Images a second of each key or address, over 10 s; 429. 0: any.",
+    )
+    max_connections: int = Field(
+        default=1024,
+        ge=1,
+        le=100_000,
+        description="Connections at a time. One more displaces the one that has been without a "
+        "request for longest; 503 where there is none.",
+    )
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="For the head of a request to arrive; 408."
+    )
+    body_timeout_s: float = Field(
+        default=20.0, gt=0, le=3600, description="For the body of a request to arrive; 408."
+    )
+    max_header_bytes: int = Field(
+        default=32_768, ge=1024, description="Size of a request's head; 431."
+    )
+    max_url_bytes: int = Field(
+        default=16_384, ge=256, description="Size of path and query together; 414."
+    )
+    max_pending_body_bytes: int = Field(
+        default=384 * MIB,
+        ge=1024,
+        description="What the bodies of all requests may take in memory: twice their bytes, and "
+        "for JSON what its values become; 429, and 413 for one body alone.",
+    )
     max_body_bytes: int = Field(
         default=64 * MIB, ge=1024, description="Size of a request's body; 413."
     )
@@ -174,6 +212,9 @@ class Settings(BaseSettings):
         description="`keep`: images of items are kept as they were sent, so that another model can "
         "embed the gallery again.",
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Which log lines are written; `info` has one for each request."
+    )
     idempotency_ttl_s: float = Field(
         default=86_400.0, gt=0, description="How long an Idempotency-Key and its answer are kept."
     )
@@ -204,6 +245,18 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_images = {self.max_images} is larger than queue_size = {self.queue_size}: "
                 "such a request could never be accepted"
+            )
+        most = self.max_images_per_s * IMAGES_WINDOW_S
+        if 0 < most < self.max_images:
+            raise ValueError(
+                f"max_images = {self.max_images} is larger than {IMAGES_WINDOW_S} s of "
+                f"max_images_per_s = {self.max_images_per_s}: such a request could never be "
+                "accepted"
+            )
+        if 2 * self.max_body_bytes > self.max_pending_body_bytes:
+            raise ValueError(
+                f"max_pending_body_bytes = {self.max_pending_body_bytes} is smaller than twice "
+                f"max_body_bytes = {self.max_body_bytes}: such a body could never be accepted"
             )
         return self
 
@@ -245,6 +298,14 @@ def usable_memory_bytes() -> int:
 # What /info tells a client about limits, and the setting that each one comes from.
 CLIENT_LIMITS = (
     "max_body_bytes",
+    "max_pending_body_bytes",
+    "max_url_bytes",
+    "max_header_bytes",
+    "max_requests_per_s",
+    "max_images_per_s",
+    "max_connections",
+    "header_timeout_s",
+    "body_timeout_s",
     "max_line_bytes",
     "max_images",
     "max_rows",
