@@ -10,6 +10,7 @@
         ├── Forbidden             forbidden               the API key has not the role for this
         ├── RouteNotFound         not_found               no such route: a wrong URL, or a version
         ├── ItemNotFound          item_not_found          no item of this id
+        ├── ModelNotFound         model_not_found         no model of this name
         ├── MethodNotAllowed      method_not_allowed      the route has no such method
         ├── RequestTimeout        request_timeout         the request arrived too slowly
         ├── IdempotencyConflict   idempotency_conflict    one key, two different requests
@@ -167,6 +168,10 @@ class RouteNotFound(ServiceError):
 
 class ItemNotFound(ServiceError):
     known_code = "item_not_found"
+
+
+class ModelNotFound(ServiceError):
+    known_code = "model_not_found"
 
 
 class MethodNotAllowed(ServiceError):

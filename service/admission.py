@@ -27,6 +27,7 @@ BYTES_PER_DICT = 240
 BYTES_PER_LIST = 96
 BYTES_PER_VALUE = 56
 _COPIES = 2
+_NO_JSON = ("image/", "multipart/form-data", "application/x-npy")
 
 _caller: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("caller", default=None)
 
@@ -96,7 +97,7 @@ class Admit:
         except Problem as problem:
             await problem.response()(scope, receive, send)
             return
-        body = _Body(self, "json" in headers.get("content-type", ""), receive)
+        body = _Body(self, _may_be_json(headers), receive)
         token = _caller.set(scope[CALLER])
         try:
             await self._app(scope, body.receive, send)
@@ -195,6 +196,12 @@ class _Body:
             self._admit.take(cost, self.counted)
             self.counted += cost
         return message
+
+
+def _may_be_json(headers: Headers) -> bool:
+    """Everything that is not surely something else, or raw tensors behind a short JSON part."""
+    kind = headers.get("content-type", "")
+    return not kind.startswith(_NO_JSON) and "inference-header-content-length" not in headers
 
 
 def json_bytes_in_memory(text: bytes) -> int:

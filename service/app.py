@@ -20,7 +20,18 @@ from service.gallery.protocol import Gallery
 from service.keys import ApiKeys
 from service.observability import ObserveRequests
 from service.policy import Policy
-from service.routes import docs, embed, groups, health, images, info, items, neighbours
+from service.routes import (
+    docs,
+    embed,
+    groups,
+    health,
+    images,
+    inference,
+    info,
+    items,
+    neighbours,
+    openai,
+)
 from service.runtime import Runtime
 from service.schemas import ProblemDocument
 from service.settings import Settings
@@ -91,7 +102,7 @@ def create_app(
     app.add_middleware(Authorise, keys=keys, policy=policy)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)
     install_handlers(app)
-    for module in (embed, items, images, neighbours, groups, info, health, docs):
+    for module in (embed, items, images, neighbours, groups, openai, inference, info, health, docs):
         app.include_router(module.router)
         for route in module.router.routes:
             if not policy.covers(route):

@@ -25,6 +25,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "not_found": (404, "There is no such route"),
     "item_not_found": (404, "There is no such item"),
     "picture_not_found": (404, "There is no picture of this item"),
+    "model_not_found": (404, "There is no such model"),
     "method_not_allowed": (405, "The route has no such method"),
     "request_timeout": (408, "The request arrived too slowly"),
     "idempotency_conflict": (409, "The Idempotency-Key was used for another request"),
@@ -92,21 +93,48 @@ class Problem(Exception):
         sent = dict(headers or {})
         if self.retry_after_s is not None:
             sent["Retry-After"] = str(self.retry_after_s)
-        return _ProblemResponse(
-            self.code, orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS), status, sent
-        )
+        return _ProblemResponse(document, sent)
 
 
 class _ProblemResponse(Response):
     media_type = MEDIA_TYPE
 
-    def __init__(self, code: str, body: bytes, status: int, headers: Mapping[str, str]) -> None:
-        super().__init__(body, status_code=status, headers=headers)
-        self._code = code
+    def __init__(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        body = orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS)
+        super().__init__(body, status_code=document["status"], headers=headers)
+        self._document = document
+        self._given = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[PROBLEM_CODE] = self._code
-        await super().__call__(scope, receive, send)
+        scope[PROBLEM_CODE] = self._document["code"]
+        # RFC 9457 lets a problem have further members; clients of two other APIs read this one.
+        path = scope["path"]
+        if path.startswith("/v1/"):
+            document = {**self._document, "error": _openai_error(self._document)}
+        elif path.startswith("/v2"):
+            document = {**self._document, "error": self._document["detail"]}
+        else:
+            await super().__call__(scope, receive, send)
+            return
+        shaped = Response(
+            orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS),
+            self.status_code,
+            self._given,
+            MEDIA_TYPE,
+        )
+        await shaped(scope, receive, send)
+
+
+def _openai_error(document: Mapping[str, Any]) -> dict[str, Any]:
+    status = document["status"]
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {
+        "message": document["detail"],
+        "type": kind,
+        "param": document.get("setting"),
+        "code": document["code"],
+    }
 
 
 def over_limit(code: str, what: str, got: int | float, setting: str, limit: int | float) -> Problem:

@@ -254,6 +254,114 @@ class InfoAnswer(BaseModel):
     versions: dict[str, str]
 
 
+class EmbeddingsRequest(_Strict):
+    """The request of OpenAI's POST /v1/embeddings, for images."""
+
+    input: EncodedImage | Annotated[list[EncodedImage], Field(min_length=1)]
+    model: str = Field(description="`encoder` or the model id.")
+    modality: Literal["image"] = "image"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, description="Must be the model's, if given.")
+    user: str | None = Field(default=None, description="Means nothing here.")
+
+
+class EmbeddingEntry(BaseModel):
+    """One embedding."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[Any, WithJsonSchema({"anyOf": [_VECTOR, {"type": "string"}]})]
+
+
+class EmbeddingUsage(BaseModel):
+    """Images have no tokens: zero."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The answer of OpenAI's POST /v1/embeddings."""
+
+    object: Literal["list"]
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingUsage
+
+
+class ModelEntry(BaseModel):
+    """A model, as OpenAI's API shows it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The models, as OpenAI's API lists them."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class Liveness(BaseModel):
+    """The process is alive."""
+
+    live: bool
+
+
+class ModelReady(BaseModel):
+    """The model answers."""
+
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    """What serves here."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """An input or output; -1 for any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """The model's inputs, of which a request gives one, and its outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class InferOutput(BaseModel):
+    """One output; its values stand in `data` or, by binary_data_size, behind the JSON part."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, Any] | None = None
+    data: Vector | None = None
+
+
+class InferAnswer(BaseModel):
+    """The answer of an inference."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferOutput]
+
+
 class ProblemDocument(BaseModel):
     """RFC 9457; further members depend on the code."""
 

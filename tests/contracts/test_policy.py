@@ -7,6 +7,7 @@ tested.
 
 import hashlib
 import itertools
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -209,19 +210,20 @@ def ask(client: TestClient, method: str, path: str, headers: list[tuple[str, str
 
 def role_wanted_at(path: str, method: str) -> Role | None:
     """The role that a spelled path wants; None where nothing is served under it."""
-    plain = urllib.parse.unquote(path.partition("?")[0]).removesuffix("\n")
+    plain = urllib.parse.unquote(path.partition("?")[0])
     method = "GET" if method == "HEAD" else method
-    for (served, template), _ in POLICY.items():
-        if served != method:
-            continue
-        if plain == template:
-            return wanted_role(method, template)
-        head, brace, _ = template.partition("{")
-        if brace and plain.startswith(head) and "\n" not in plain:
-            if (method, plain) in POLICY:
-                return wanted_role(method, plain)
-            return wanted_role(method, template)
-    return None
+    wanted = [
+        wanted_role(method, template)
+        for served, template in POLICY
+        if served == method and pattern_of(template).match(plain)
+    ]
+    return max(wanted, default=None)
+
+
+def pattern_of(template: str) -> re.Pattern[str]:
+    """A template as the framework reads it: one segment, or with `:path` any number of them."""
+    anything = re.sub(r"\\{\w+:path\\}", ".*", re.escape(template))
+    return re.compile("^" + re.sub(r"\\{\w+\\}", "[^/]+", anything) + "$")
 
 
 def test_refusals__say_what_to_do(guarded: TestClient) -> None:

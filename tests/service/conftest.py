@@ -3,7 +3,11 @@
 The encoder is a projection of the pixels, made with onnx.helper: no torch, tests stay fast.
 """
 
+import contextlib
 import io
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +16,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import uvicorn
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.protocol import BoundedConfig, Connections
 from service.settings import Settings
 from tests.service.postgresql import new_database, postgresql
 from trainer.representation.bundle import (
@@ -191,6 +197,39 @@ def shared_service(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def service(bundle: Bundle, tmp_path: Path) -> Iterator[Service]:
     """A service of its own for a test that changes the gallery."""
     yield from start(bundle, tmp_path / "state")
+
+
+@contextlib.contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """Serve over real HTTP, as `python -m service.run` does, in a thread; gives the URL."""
+    app = create_app(settings)
+    runtime = app.state.runtime
+    bounds = Connections(settings, runtime.metrics)
+    config = BoundedConfig(app, bounds, log_config=None, access_log=False, server_header=False,
+                           proxy_headers=False, lifespan="on")  # fmt: skip
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not runtime.loaded.is_set():
+                assert thread.is_alive()
+                assert runtime.failure is None, runtime.failure
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def served(bundle_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a service over real HTTP, for all tests that change nothing."""
+    settings = Settings(
+        bundle=bundle_directory, state=tmp_path_factory.mktemp("served"), decoder_processes=1
+    )
+    with serving(settings) as url:
+        yield url
 
 
 @pytest.fixture

@@ -60,7 +60,8 @@ async def read_all(scope: Any, receive: Any, send: Any) -> None:
 
 
 def pending(metrics: Metrics) -> float | None:
-    return metrics.registry.get_sample_value("invprop_pending_body_bytes")
+    known = metrics.registry
+    return known.get_sample_value("invprop_pending_body_bytes")
 
 
 def test_bodies__count_twice_until_their_request_is_answered() -> None:

@@ -76,7 +76,8 @@ def test_event_loop__that_is_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def watch() -> None:
         watching = asyncio.create_task(watch_event_loop(metrics))
-        while not metrics.registry.get_sample_value("invprop_event_loop_lag_seconds_count"):
+        known = metrics.registry
+        while not known.get_sample_value("invprop_event_loop_lag_seconds_count"):
             await asyncio.sleep(0)
         watching.cancel()
 

@@ -75,7 +75,8 @@ class Bench:
 
     def closed(self, reason: str) -> float:
         name = "invprop_connections_closed_total"
-        return self.metrics.registry.get_sample_value(name, {"reason": reason}) or 0.0
+        known = self.metrics.registry
+        return known.get_sample_value(name, {"reason": reason}) or 0.0
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
