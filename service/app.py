@@ -19,6 +19,7 @@ from service.errors import install_handlers
 from service.gallery.protocol import Gallery
 from service.keys import ApiKeys
 from service.observability import ObserveRequests
+from service.openapi import describe_admission
 from service.policy import Policy
 from service.routes import (
     docs,
@@ -54,6 +55,7 @@ class _Application(FastAPI):
         # Declared by FastAPI for its own validation answers, which are problems here.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        describe_admission(document)
         return document
 
 

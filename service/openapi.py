@@ -9,14 +9,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from service.errors import MEDIA_TYPE, PROBLEMS
+from service.policy import Policy, Role
 from service.schemas import ProblemDocument
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_IMAGE_FILES = {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}}
+_IMAGE_FILES = {
+    "images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+}
 _MULTIPART = {
     "type": "object",
     "required": ["images"],
     "properties": _IMAGE_FILES,
+    "additionalProperties": False,
 }
 
 
@@ -38,8 +42,35 @@ def _with_metadata(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The form; /items also takes metadata beside the images."""
     if "metadata" not in schema["properties"]:
         return _MULTIPART
-    described = {"type": "string", "description": "JSON list aligned with the images"}
+    described = {
+        "type": "string",
+        "minLength": 2,
+        "description": "JSON list aligned with the images",
+    }
     return {**_MULTIPART, "properties": {**_IMAGE_FILES, "metadata": described}}
+
+
+def describe_admission(document: dict[str, Any]) -> None:
+    """Add what every route may answer before it is reached, and the key that it wants."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    policy = Policy()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            role = policy.place(path).roles.get(method.upper(), Role.WRITE)
+            statuses = {400, 408, 414, 415, 429, 431, 503}
+            if role is not Role.OPEN:
+                statuses |= {401, 403}
+                # Either key; none, where the operator has configured none.
+                operation["security"] = [{"bearer": []}, {"header": []}, {}]
+                operation["x-role"] = role.name.lower()
+            if "requestBody" in operation:
+                statuses |= {413}
+            responses = operation["responses"]
+            for status, described in problems(*statuses).items():
+                responses.setdefault(str(status), described)
 
 
 def problems(
