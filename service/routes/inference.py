@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from service import tensors
 from service.answers import json_response
-from service.errors import Problem, over_limit
+from service.errors import Problem
 from service.openapi import body_of, problems
 from service.queries import rejected_images, rejections
 from service.routes.access import runtime_of
@@ -177,10 +177,12 @@ def _json_size(text: str | None) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise Problem("invalid_request", f"{JSON_SIZE}: wanted a number of bytes")
     if int(text) > tensors.MAX_JSON_PART:
-        raise over_limit(
-            "limit_exceeded", f"{JSON_SIZE}, bytes", int(text), "none: send the data behind it",
-            tensors.MAX_JSON_PART,
-        )  # fmt: skip
+        raise Problem(
+            "limit_exceeded",
+            f"{JSON_SIZE} is {int(text):,}, at most {tensors.MAX_JSON_PART:,} bytes of JSON may "
+            "stand before raw tensors; send the values as raw tensors",
+            limit=tensors.MAX_JSON_PART,
+        )
     return int(text)
 
 
