@@ -79,6 +79,8 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
+    # Its warnings quote the bodies that it cannot read.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 class Metrics:

@@ -23,6 +23,8 @@ from service.settings import Settings
 from trainer.representation.bundle import MAX_ID_LENGTH
 from trainer.representation.preprocess import ImageRejected
 
+MAX_METADATA_DEPTH = 32  # orjson writes 254 levels, and answers wrap metadata in some of their own
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -202,6 +204,8 @@ def _inexact(text: bytes) -> str | None:
 
 
 def _too_much(metadata: Mapping[str, Any], settings: Settings) -> str | None:
+    if _deeper_than(metadata, MAX_METADATA_DEPTH):
+        return f"its metadata are nested deeper than {MAX_METADATA_DEPTH} levels"
     size = len(orjson.dumps(metadata))
     if size <= settings.max_metadata_bytes:
         return None
@@ -209,3 +213,18 @@ def _too_much(metadata: Mapping[str, Any], settings: Settings) -> str | None:
         f"its metadata take {size:,} bytes as JSON, at most {settings.max_metadata_bytes:,} "
         "(max_metadata_bytes) are kept"
     )
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested deeper; level by level, so that depth costs no stack."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, Mapping | list)
+        ]
+        if not level:
+            return False
+    return True

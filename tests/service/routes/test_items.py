@@ -366,3 +366,21 @@ def test_list__refuses_what_it_cannot_read(
     shared_service: Any, query: str, status: int, code: str
 ) -> None:
     problem(shared_service.client.get(f"/items?{query}"), status, code)
+
+
+def test_items__whose_metadata_are_nested_too_deep_are_rejected(service: Any) -> None:
+    def line(item_id: str, depth: int) -> bytes:
+        nested = b'{"a":' * depth + b"1" + b"}" * depth
+        return b'{"id":"%b","vector":[%b],"metadata":%b}' % (
+            item_id.encode(), b",".join([b"0.5"] * 12), nested,
+        )  # fmt: skip
+
+    body = b"\n".join([line("fits", 32), line("deep", 33), line("deeper", 500)])
+    answer = service.client.post(
+        "/items", content=body, headers={"Content-Type": "application/x-ndjson"}
+    ).json()
+    assert answer["added"] == 1
+    assert [(r["id"], r["reason"]) for r in answer["rejected"]] == [
+        (name, "its metadata are nested deeper than 32 levels") for name in ("deep", "deeper")
+    ]
+    assert service.client.get("/items/fits").status_code == 200
