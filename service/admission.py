@@ -213,6 +213,6 @@ def json_bytes_in_memory(text: bytes) -> int:
         lists, dicts, commas, colons = (text.count(sign) for sign in _SIGNS)
     else:  # numpy looks at many bytes at a time, bytes.count at one
         codes = np.frombuffer(text, np.uint8)
-        lists, dicts, commas, colons = (np.count_nonzero(codes == sign[0]) for sign in _SIGNS)
+        lists, dicts, commas, colons = (int(np.count_nonzero(codes == sign[0])) for sign in _SIGNS)
     containers = BYTES_PER_LIST * lists + BYTES_PER_DICT * dicts
     return int(containers + BYTES_PER_VALUE * (commas + colons))
