@@ -52,6 +52,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "storage_full": (507, "The disk is full"),
 }
 PROBLEM_CODE = "invprop.problem"  # in the scope of a request that was answered with a problem
+MAX_ERRORS = 100  # named in one answer
 RETRY_AFTER_S = 1  # queues empty within seconds
 
 # The code for what the web framework itself refuses.
@@ -201,7 +202,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 def validation_problem(errors: Any) -> Problem:
     """Turn pydantic's error list into a problem with `errors` [{field, reason}]."""
     found = []
-    for entry in errors:
+    for entry in errors[:MAX_ERRORS]:
         field = ".".join(str(part) for part in entry["loc"] if part not in ("body", "query"))
         limits = entry.get("ctx", {})
         limit = next((limits[name] for name in ("le", "max_length") if name in limits), None)

@@ -43,15 +43,15 @@ class _Strict(BaseModel):
 class EmbedRequest(_Strict):
     """Images to embed."""
 
-    images: Annotated[list[EncodedImage], Field(min_length=1)]
+    images: Annotated[list[EncodedImage], Field(min_length=1, fail_fast=True)]
 
 
 class _Query(_Strict):
     """Exactly one of the three."""
 
-    images: Annotated[list[EncodedImage], Field(min_length=1)] | None = None
+    images: Annotated[list[EncodedImage], Field(min_length=1, fail_fast=True)] | None = None
     vectors: VectorList | None = None
-    ids: Annotated[list[ItemId], Field(min_length=1)] | None = None
+    ids: Annotated[list[ItemId], Field(min_length=1, fail_fast=True)] | None = None
 
 
 class NeighboursRequest(_Query):
@@ -98,7 +98,7 @@ class ItemLine(_Strict):
 class DeleteRequest(_Strict):
     """Items to delete: exactly one of the two."""
 
-    ids: list[ItemId] | None = None
+    ids: Annotated[list[ItemId], Field(fail_fast=True)] | None = None
     filter: MetadataFilter | None = None
 
 
@@ -257,7 +257,7 @@ class InfoAnswer(BaseModel):
 class EmbeddingsRequest(_Strict):
     """The request of OpenAI's POST /v1/embeddings, for images."""
 
-    input: EncodedImage | Annotated[list[EncodedImage], Field(min_length=1)]
+    input: EncodedImage | Annotated[list[EncodedImage], Field(min_length=1, fail_fast=True)]
     model: str = Field(description="`encoder` or the model id.")
     modality: Literal["image"] = "image"
     encoding_format: Literal["float", "base64"] = "float"

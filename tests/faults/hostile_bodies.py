@@ -48,6 +48,7 @@ JSON_ROUTES = (
 )  # fmt: skip
 ALL_ROUTES = (*JSON_ROUTES, "/items", "/info", "/items/a", "/livez", "/nowhere", "/", "/docs")
 PICTURE = encoded(7)
+HONEST = "train/0030.png"  # an item that no hostile request names, and so deletes
 TEXT = base64.b64encode(PICTURE).decode()
 GOOD: dict[str, Any] = {
     "/embed": {"images": [TEXT]},
@@ -464,7 +465,7 @@ def honest_answers(service: Served, seen: Seen, times: int) -> None:
     connection = service.connect()
     for _ in range(times):
         for path, body, wanted in (
-            ("/neighbours", {"ids": ["train/0001.png"], "k": 5}, 5),
+            ("/neighbours", {"ids": [HONEST], "k": 5}, 5),
             ("/embed", {"images": [TEXT]}, 12),
         ):
             started = time.perf_counter()

@@ -6,8 +6,9 @@ import io
 import numpy as np
 import pytest
 
-from service.bodies import decode_image_text, parse_npy, query_options
+from service.bodies import decode_image_text, parse_npy, query_options, validate
 from service.errors import Problem
+from service.schemas import NeighboursRequest
 from trainer.representation.preprocess import ImageRejected
 
 
@@ -94,3 +95,9 @@ def test_query_options__are_what_the_json_body_would_hold() -> None:
     }
     with pytest.raises(Problem, match="unknown query parameter 'q'; known: k"):
         query_options({"q": "1"}, ["k"])
+
+
+def test_validate__stops_at_the_first_bad_value_of_a_long_list() -> None:
+    with pytest.raises(Problem) as problem:
+        validate(NeighboursRequest, {"ids": ["a", *[""] * 100_000]})
+    assert [error["field"] for error in problem.value.extensions["errors"]] == ["ids.1"]
