@@ -36,6 +36,7 @@ from tests.faults.served import Served
 from tests.service.conftest import build_bundle, encoded
 
 ANSWER_S = 3.0
+SILENT_S = 40.0  # past every deadline of the service: it is not coming
 RSS_BYTES = 512 * 2**20
 SENDERS = 6
 SAMPLE_S = 0.05
@@ -377,7 +378,7 @@ def send(address: tuple[str, int], hostile: Hostile) -> tuple[str, float]:
             if hostile.kind in UNENDING:
                 connection.shutdown(socket.SHUT_WR)
         started = time.perf_counter()
-        connection.settimeout(4 * ANSWER_S)
+        connection.settimeout(SILENT_S)
         received = b""
         try:
             while b"\r\n" not in received or received.startswith(b"HTTP/1.1 100"):
@@ -508,12 +509,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--answer-s", type=float, default=ANSWER_S)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seen = run(generate(given.seed, given.requests), Path(folder))
     sys.stdout.write(report(seen, given.seed) + "\n")
     check(seen)
-    assert not seen.slow, "\n".join(seen.slow[:40])
+    assert seen.slowest_s <= given.answer_s, "\n".join(seen.slow[:40])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tests.service.conftest import build_bundle
 
 CLOSED_S = 30.0
 TRICKLE_S = 0.5
+QUIET_S = 5.0
 KINDS = ("silent", "head", "body")
 
 
@@ -41,15 +42,15 @@ class Seen:
     still_open: int = 0
 
 
-def run(sockets: int, folder: Path, quiet_s: float = 5.0, **flags: object) -> Seen:
+def run(sockets: int, folder: Path, **flags: object) -> Seen:
     """Measure the honest client alone, then beside the slow sockets until all are closed."""
     service = Served(build_bundle(folder / "bundle"), folder / "state", log=folder / "log",
                      log_level="warning", **flags)  # fmt: skip
     seen = Seen()
     try:
         service.start()
-        ask_for(service, quiet_s / 5, [], seen)  # warm
-        ask_for(service, quiet_s, seen.quiet_s, seen)
+        ask_for(service, QUIET_S / 5, [], seen)  # warm
+        ask_for(service, QUIET_S, seen.quiet_s, seen)
         done = threading.Event()
         honest = threading.Thread(target=lambda: ask_until(service, done, seen))
         honest.start()
@@ -159,9 +160,13 @@ def report(seen: Seen) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sockets", type=int, default=500)
+    parser.add_argument("--timeouts-s", type=float, help="of head and body; the service's own")
     given = parser.parse_args()
+    flags = {}
+    if given.timeouts_s is not None:
+        flags = dict.fromkeys(("header_timeout_s", "body_timeout_s"), given.timeouts_s)
     with tempfile.TemporaryDirectory() as folder:
-        seen = run(given.sockets, Path(folder))
+        seen = run(given.sockets, Path(folder), **flags)
     sys.stdout.write(report(seen) + "\n")
     check(seen)
 
