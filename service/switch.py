@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from service.admission import Rates
 from service.decode import DecoderUnavailable
 from service.embedder import EmbedderError
 from service.errors import Problem
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         return _fail("; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors()))
-    configure_logging()
+    configure_logging(settings.log_level)
     if given.state is None and settings.database is None:
         return _fail("give --state DIR, --database URL or both, as the service has them")
     try:
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _switch(database: Database, settings: Settings) -> tuple[int, str]:
     bundle = await asyncio.to_thread(open_bundle, settings.bundle)
     embedder = await asyncio.to_thread(load_embedder, bundle, settings)
-    images = ImagePath(embedder, settings=settings, metrics=Metrics())
+    images = ImagePath(embedder, settings=settings, metrics=Metrics(), rates=Rates(settings))
     try:
         await images.start()
         embed = EmbedOriginals(images, asyncio.get_running_loop(), settings)
