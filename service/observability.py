@@ -55,7 +55,7 @@ _LAG_EVERY_S = 0.5
 _log = structlog.get_logger("service")
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str = "info") -> None:
     """Write one JSON object per line to stderr, for our lines and for the web server's."""
     processors: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
