@@ -269,11 +269,10 @@ class ObserveRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (_RAW_REQUEST_ID, request_id.encode()),
-                    *_RAW_SECURITY_HEADERS,
-                ]
+                own = [*message.get("headers", ()), (_RAW_REQUEST_ID, request_id.encode())]
+                named = {name for name, _ in own}  # a route may be stricter than all of them
+                ours = [header for header in _RAW_SECURITY_HEADERS if header[0] not in named]
+                message["headers"] = own + ours
             elif without_body:
                 message = {**message, "body": b""}
             await send(message)
