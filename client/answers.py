@@ -19,12 +19,17 @@ from client.models import (
     Deleted,
     Embeddings,
     Group,
+    Grouping,
+    GroupingMember,
     Info,
     Item,
     Json,
     Limit,
+    ListedGroup,
+    Map,
     Member,
     Neighbour,
+    PendingMap,
     Readiness,
     RejectedItem,
 )
@@ -157,6 +162,39 @@ def group(fields: Json) -> Group:
         reached=int(fields["reached"]),
         truncated=bool(fields["truncated"]),
     )
+
+
+def grouping(fields: Json) -> Grouping:
+    """Read one grouping."""
+    known = {name: fields.get(name) for name in Grouping.__dataclass_fields__}
+    sizes = fields.get("sizes")
+    known["sizes"] = None if sizes is None else tuple(int(size) for size in sizes)
+    return Grouping(**known)  # type: ignore[arg-type]
+
+
+def grouping_member(fields: Json) -> GroupingMember:
+    """Read one member of a group of a grouping."""
+    return GroupingMember(str(fields["id"]), float(fields["similarity"]))
+
+
+def listed_group(fields: Json) -> ListedGroup:
+    """Read one group of a grouping."""
+    return ListedGroup(
+        group=int(fields["group"]),
+        size=int(fields["size"]),
+        representative=str(fields["representative"]),
+        members=tuple(grouping_member(member) for member in fields["members"]),
+    )
+
+
+def map_or_pending(answer: Answer) -> Map | PendingMap:
+    """Read /map, of status 200 or 202."""
+    fields = fields_of(answer)
+    model, version, method = str(fields["model"]), int(fields["gallery_version"]), fields["method"]
+    if answer.status == 202:
+        return PendingMap(model, version, str(method), str(fields["state"]))
+    places = vector(fields["coordinates"])
+    return Map(model, version, str(method), int(fields["items"]), tuple(fields["ids"]), places)
 
 
 def readiness(answer: Answer) -> Readiness:

@@ -4,17 +4,22 @@ in client.routes; here is only the running of it, blocking or not.
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from client.models import (
     Added,
     Deleted,
     Embeddings,
+    Grouping,
+    GroupingMember,
     Groups,
     Info,
     Item,
     Json,
+    ListedGroup,
+    Map,
     Neighbours,
+    PendingMap,
     Readiness,
 )
 from client.retry import SYSTEM_CLOCK, Clock, RetryPolicy
@@ -214,6 +219,50 @@ class Client:
             )
         )
 
+    def start_grouping(self, *, k: int = 4, steps: int = 3, min_size: int = 3) -> Grouping:
+        """Have the whole gallery partitioned into groups, in the background; the same parameters
+        at the same gallery version are the same grouping. Ask grouping(id) for its state."""
+        return self._connection.run(self._calls.start_grouping(k=k, steps=steps, min_size=min_size))
+
+    def groupings(self) -> tuple[Grouping, ...]:
+        """The groupings that are kept or under way, the newest first."""
+        return self._connection.run(self._calls.groupings())
+
+    def grouping(self, id: str) -> Grouping:
+        """One grouping with its sizes; GroupingNotFound when there is none."""
+        return self._connection.run(self._calls.grouping(id))
+
+    def grouping_groups(self, id: str) -> Iterator[ListedGroup]:
+        """Iterate over the groups of a grouping, the largest first, a page at a time."""
+        cursor: str | None = None
+        while True:
+            page, cursor = self._connection.run(self._calls.grouping_groups(id, cursor=cursor))
+            yield from page
+            if cursor is None:
+                return
+
+    def grouping_members(self, id: str, group: int) -> Iterator[GroupingMember]:
+        """Iterate over the members of a group: the representative, then by closeness to it."""
+        cursor: str | None = None
+        while True:
+            page, cursor = self._connection.run(
+                self._calls.grouping_members(id, group, cursor=cursor)
+            )
+            yield from page
+            if cursor is None:
+                return
+
+    def map(
+        self,
+        method: Literal["pca", "umap"] = "pca",
+        *,
+        sample: int | None = None,
+        version: int | None = None,
+    ) -> Map | PendingMap:
+        """Two coordinates for each item of a sample. "umap" is computed in the background: while
+        it is, a PendingMap comes, whose gallery_version is the `version` to ask for again."""
+        return self._connection.run(self._calls.map(method=method, sample=sample, version=version))
+
 
 class AsyncClient:
     """The same as Client for asyncio: methods are awaited, `items` is for `async for`.
@@ -350,6 +399,56 @@ class AsyncClient:
             self._calls.groups(
                 ids=ids, images=images, vectors=vectors, k=k, steps=steps, order=order, limit=limit
             )
+        )
+
+    async def start_grouping(self, *, k: int = 4, steps: int = 3, min_size: int = 3) -> Grouping:
+        """See Client.start_grouping."""
+        return await self._connection.run(
+            self._calls.start_grouping(k=k, steps=steps, min_size=min_size)
+        )
+
+    async def groupings(self) -> tuple[Grouping, ...]:
+        """See Client.groupings."""
+        return await self._connection.run(self._calls.groupings())
+
+    async def grouping(self, id: str) -> Grouping:
+        """See Client.grouping."""
+        return await self._connection.run(self._calls.grouping(id))
+
+    async def grouping_groups(self, id: str) -> AsyncIterator[ListedGroup]:
+        """See Client.grouping_groups."""
+        cursor: str | None = None
+        while True:
+            page, cursor = await self._connection.run(
+                self._calls.grouping_groups(id, cursor=cursor)
+            )
+            for entry in page:
+                yield entry
+            if cursor is None:
+                return
+
+    async def grouping_members(self, id: str, group: int) -> AsyncIterator[GroupingMember]:
+        """See Client.grouping_members."""
+        cursor: str | None = None
+        while True:
+            page, cursor = await self._connection.run(
+                self._calls.grouping_members(id, group, cursor=cursor)
+            )
+            for entry in page:
+                yield entry
+            if cursor is None:
+                return
+
+    async def map(
+        self,
+        method: Literal["pca", "umap"] = "pca",
+        *,
+        sample: int | None = None,
+        version: int | None = None,
+    ) -> Map | PendingMap:
+        """See Client.map."""
+        return await self._connection.run(
+            self._calls.map(method=method, sample=sample, version=version)
         )
 
 

@@ -11,11 +11,14 @@
         ├── RouteNotFound         not_found               no such route: a wrong URL, or a version
         ├── ItemNotFound          item_not_found          no item of this id
         ├── ModelNotFound         model_not_found         no model of this name
+        ├── GroupingNotFound      grouping_not_found      no grouping or group of this name
+        ├── MapNotFound           map_not_found           no map of that version is kept
         ├── MethodNotAllowed      method_not_allowed      the route has no such method
         ├── RequestTimeout        request_timeout         the request arrived too slowly
         ├── IdempotencyConflict   idempotency_conflict    one key, two different requests
         ├── PictureNotFound       picture_not_found       an item without a picture
         ├── PictureDamaged        picture_damaged         a picture that is not what was stored
+        ├── GroupingNotReady      grouping_not_ready      it is still computed, or it failed
         ├── ModelMismatch         model_mismatch          vectors of another model
         ├── BodyTooLarge          body_too_large          more bytes than allowed
         ├── TooMany               too_many                more pictures, ids or vectors than allowed
@@ -31,6 +34,7 @@
         ├── Loading               loading                 starting
         ├── Overloaded            overloaded              too many connections
         ├── NotReady              not_ready               a check of /readyz failed
+        ├── MapFailed             map_failed              a map could not be computed
         ├── StorageFailed         storage_failed          a change could not be stored
         ├── GalleryRetired        gallery_retired         replaced by another model's: send it again
         ├── DecoderUnavailable    decoder_unavailable     no picture can be decoded just now
@@ -174,6 +178,18 @@ class ModelNotFound(ServiceError):
     known_code = "model_not_found"
 
 
+class GroupingNotFound(ServiceError):
+    """There is no grouping of this id, or it has no group of this number."""
+
+    known_code = "grouping_not_found"
+
+
+class MapNotFound(ServiceError):
+    """No map of that gallery version is kept."""
+
+    known_code = "map_not_found"
+
+
 class MethodNotAllowed(ServiceError):
     known_code = "method_not_allowed"
 
@@ -184,6 +200,12 @@ class RequestTimeout(ServiceError):
 
 class IdempotencyConflict(ServiceError):
     known_code = "idempotency_conflict"
+
+
+class GroupingNotReady(ServiceError):
+    """The grouping has no groups: it is still computed, or it failed."""
+
+    known_code = "grouping_not_ready"
 
 
 class ModelMismatch(ServiceError):
@@ -252,6 +274,12 @@ class Overloaded(ServiceError):
 
 class NotReady(ServiceError):
     known_code = "not_ready"
+
+
+class MapFailed(ServiceError):
+    """A map could not be computed; where a limit was met, `setting` names it."""
+
+    known_code = "map_failed"
 
 
 class StorageFailed(ServiceError):

@@ -113,6 +113,70 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Grouping:
+    """A partition of the gallery as it was at `gallery_version`. Times in seconds since 1970."""
+
+    model: str
+    id: str
+    gallery_version: int
+    k: int
+    steps: int
+    min_size: int
+    state: str  # "queued", "running", "succeeded" or "failed"
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    items: int  # grouped + ungrouped
+    grouped: int | None  # this and the following once it has succeeded
+    ungrouped: int | None
+    groups: int | None
+    message: str | None  # why there is no group
+    error: str | None  # why it failed
+    progress: Json | None  # stage, done, total while it is running
+    sizes: tuple[int, ...] | None = None  # of all groups, descending; not in lists
+
+
+@dataclass(frozen=True)
+class GroupingMember:
+    """A member of a group of a grouping."""
+
+    id: str
+    similarity: float  # to the representative, cosine
+
+
+@dataclass(frozen=True)
+class ListedGroup:
+    """A group of a grouping."""
+
+    group: int  # its number, the largest is 0
+    size: int
+    representative: str  # id
+    members: tuple[GroupingMember, ...]  # the first ones; grouping_members() has all
+
+
+@dataclass(frozen=True)
+class Map:
+    """Two coordinates for each item of a sample of the gallery."""
+
+    model: str
+    gallery_version: int
+    method: str  # "pca" or "umap"
+    items: int  # of the gallery
+    ids: tuple[str, ...]  # of the sample
+    coordinates: Array  # (n, 2)
+
+
+@dataclass(frozen=True)
+class PendingMap:
+    """A map that is computed: ask again with this version."""
+
+    model: str
+    gallery_version: int
+    method: str
+    state: str  # "computing"
+
+
+@dataclass(frozen=True)
 class Readiness:
     """Answer of ready(); true or false by itself."""
 

@@ -18,11 +18,16 @@ from client.models import (
     Added,
     Deleted,
     Embeddings,
+    Grouping,
+    GroupingMember,
     Groups,
     Info,
     Item,
     Json,
+    ListedGroup,
+    Map,
     Neighbours,
+    PendingMap,
     Readiness,
 )
 from client.retry import (
@@ -50,7 +55,31 @@ DELETE = Route("DELETE", "/items/{item_id}")
 DELETE_MANY = Route("POST", "/items/delete")
 NEIGHBOURS = Route("POST", "/neighbours")
 GROUPS = Route("POST", "/groups")
-ROUTES = (LIVE, READY, INFO, EMBED, ADD, LIST, GET, DELETE, DELETE_MANY, NEIGHBOURS, GROUPS)
+MAP = Route("GET", "/map")
+START_GROUPING = Route("POST", "/groupings")
+GROUPINGS = Route("GET", "/groupings")
+GROUPING = Route("GET", "/groupings/{grouping}")
+GROUPING_GROUPS = Route("GET", "/groupings/{grouping}/groups")
+GROUPING_MEMBERS = Route("GET", "/groupings/{grouping}/groups/{group}")
+ROUTES = (
+    LIVE,
+    READY,
+    INFO,
+    EMBED,
+    ADD,
+    LIST,
+    GET,
+    DELETE,
+    DELETE_MANY,
+    NEIGHBOURS,
+    GROUPS,
+    MAP,
+    START_GROUPING,
+    GROUPINGS,
+    GROUPING,
+    GROUPING_GROUPS,
+    GROUPING_MEMBERS,
+)
 
 Output: TypeAlias = Literal["embedding", "features"]
 OnError: TypeAlias = Literal["raise", "skip"]
@@ -265,6 +294,54 @@ class Calls:
                 results=tuple(answers.group(row) for part in parts for row in part["results"]),
             )
 
+    def start_grouping(self, *, k: int, steps: int, min_size: int) -> Steps[Grouping]:
+        options = {"k": k, "steps": steps, "min_size": min_size}
+        answer = yield from self._exchange(_json_request(START_GROUPING, options))
+        with reading(START_GROUPING):
+            return answers.grouping(fields_of(answer))
+
+    def groupings(self) -> Steps[tuple[Grouping, ...]]:
+        answer = yield from self._exchange(Request(GROUPINGS, GROUPINGS.path))
+        with reading(GROUPINGS):
+            return tuple(answers.grouping(entry) for entry in fields_of(answer)["items"])
+
+    def grouping(self, grouping_id: str) -> Steps[Grouping]:
+        path = _path(GROUPING, grouping=grouping_id)
+        answer = yield from self._exchange(Request(GROUPING, path))
+        with reading(GROUPING):
+            return answers.grouping(fields_of(answer))
+
+    def grouping_groups(
+        self, grouping_id: str, *, cursor: str | None
+    ) -> Steps[tuple[tuple[ListedGroup, ...], str | None]]:
+        path = _path(GROUPING_GROUPS, grouping=grouping_id)
+        query = {} if cursor is None else {"cursor": cursor}
+        answer = yield from self._exchange(Request(GROUPING_GROUPS, path, query=query))
+        with reading(GROUPING_GROUPS):
+            fields = fields_of(answer)
+            return tuple(answers.listed_group(entry) for entry in fields["items"]), fields["next"]
+
+    def grouping_members(
+        self, grouping_id: str, group: int, *, cursor: str | None
+    ) -> Steps[tuple[tuple[GroupingMember, ...], str | None]]:
+        path = _path(GROUPING_MEMBERS, grouping=grouping_id, group=str(group))
+        query = {} if cursor is None else {"cursor": cursor}
+        answer = yield from self._exchange(Request(GROUPING_MEMBERS, path, query=query))
+        with reading(GROUPING_MEMBERS):
+            fields = fields_of(answer)
+            members = tuple(answers.grouping_member(entry) for entry in fields["items"])
+            return members, fields["next"]
+
+    def map(
+        self, *, method: str, sample: int | None, version: int | None
+    ) -> Steps[Map | PendingMap]:
+        query = {"method": method}
+        query |= {} if sample is None else {"sample": str(sample)}
+        query |= {} if version is None else {"version": str(version)}
+        answer = yield from self._exchange(Request(MAP, MAP.path, query=query))
+        with reading(MAP):
+            return answers.map_or_pending(answer)
+
     def _ask(
         self, route: Route, images: Any, vectors: Any, ids: Any, options: Json, *, most: int
     ) -> Steps[list[Json]]:
@@ -341,6 +418,13 @@ def _item_path(item_id: str) -> str:
     # "." and ".." would be taken out of the URL on its way.
     name = item_id.replace(".", "%2E") if item_id in (".", "..") else quote(item_id, safe="")
     return GET.path.replace("{item_id}", name)
+
+
+def _path(route: Route, **names: str) -> str:
+    path = route.path
+    for name, value in names.items():
+        path = path.replace("{" + name + "}", quote(value, safe=""))
+    return path
 
 
 def _walk_length(k: int, steps: int) -> int:

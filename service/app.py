@@ -24,12 +24,14 @@ from service.policy import Policy
 from service.routes import (
     docs,
     embed,
+    groupings,
     groups,
     health,
     images,
     inference,
     info,
     items,
+    map,
     neighbours,
     openai,
 )
@@ -104,7 +106,20 @@ def create_app(
     app.add_middleware(Authorise, keys=keys, policy=policy)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)
     install_handlers(app)
-    for module in (embed, items, images, neighbours, groups, openai, inference, info, health, docs):
+    for module in (
+        embed,
+        items,
+        images,
+        neighbours,
+        groups,
+        groupings,
+        map,
+        openai,
+        inference,
+        info,
+        health,
+        docs,
+    ):
         app.include_router(module.router)
         for route in module.router.routes:
             if not policy.covers(route):

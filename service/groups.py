@@ -1,8 +1,8 @@
 """Propagated groups: what is reached from an anchor by walking the kNN graph, hop by hop.
 
 In: a gallery snapshot and anchors (rows, or vectors that are no item). Out: the members of each
-group. The graph is built around the anchors only, as far as the walks go, and then handed to the
-very propagation that finds positives in training.
+group. Edges come from the kept graph, or are searched for around the anchors only, as far as the
+walks go; then the very propagation that finds positives in training runs on them.
 """
 
 import math
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from service.gallery.protocol import Rows, Snapshot, Vectors
 from service.gallery.vectors import cosine
+from service.graph import ItemGraph
 from trainer.representation.neighbours import KnnGraph
 from trainer.representation.propagation import propagate_paths
 
@@ -52,6 +53,7 @@ def propagated_groups(
     steps: int,
     order: Order,
     limit: int,
+    graph: ItemGraph | None = None,
     deadline: float = math.inf,
 ) -> list[Group]:
     """Find the group of each anchor.
@@ -63,13 +65,15 @@ def propagated_groups(
         steps: hops, >= 1.
         order: "nearest" or "hardest" (least similar) to the anchor first, or by discovery.
         limit: members returned of each group.
+        graph: of the snapshot's version with at least k neighbours; None: edges are searched for,
+            which gives the same.
         deadline: on time.monotonic; looked at before each hop.
 
     Raises:
         TimeoutError: the deadline passed: whoever asked is gone.
     """
-    graph, anchors, row_of = _local_graph(snapshot, vectors, rows, k, steps, deadline)
-    reached = propagate_paths(graph, anchors, steps)
+    edges, anchors, row_of = _local_graph(snapshot, graph, vectors, rows, k, steps, deadline)
+    reached = propagate_paths(edges, anchors, steps)
     groups = []
     for anchor, ids, hops, via in zip(range(len(anchors)), *reached, strict=True):
         count = int((ids >= 0).sum())  # the entries stand in front
@@ -99,6 +103,7 @@ def propagated_groups(
 
 def _local_graph(
     snapshot: Snapshot,
+    graph: ItemGraph | None,
     vectors: Vectors,
     rows: Rows,
     k: int,
@@ -111,60 +116,47 @@ def _local_graph(
         the graph in numbers of its own; the anchors (B,) in these numbers; and the snapshot's row
         of each number, -1 for an anchor that is no item. Nodes met at the last hop have no edges.
     """
-    number: dict[int, int] = {}
-    row_of: list[int] = []
-    edges: list[Rows] = []
-
-    def number_of(row: int) -> int:
-        if row not in number:
-            number[row] = len(row_of)
-            row_of.append(row)
-        return number[row]
-
-    anchors = np.empty(len(rows), np.int64)
-    frontier: list[int] = []  # rows whose edges are still wanted
-    strangers: list[int] = []
-    for place, row in enumerate(rows):
-        if row >= 0:
-            known = len(row_of)
-            anchors[place] = number_of(int(row))
-            if len(row_of) > known:
-                frontier.append(int(row))
-        else:
-            anchors[place] = len(row_of)
-            row_of.append(-1)
-            strangers.append(place)
-
-    sources: list[int] = []  # numbers, in the order of `edges`
+    strangers = np.flatnonzero(rows < 0)
+    sources, targets = [], []  # rows, and the rows that their edges lead to
+    reached = frontier = np.unique(rows[rows >= 0])  # all rows met; those whose edges are wanted
+    from_strangers = np.empty((0, k), np.int64)
     for hop in range(steps):
         if time.monotonic() > deadline:
             raise TimeoutError
-        targets: list[Rows] = []
-        if frontier:
-            wanted = np.asarray(frontier, np.int64)
-            found = snapshot.search(snapshot.vectors(wanted), k, exclude=wanted)
-            sources.extend(number[row] for row in frontier)
-            targets.append(found.rows)
-        if hop == 0 and strangers:
-            found = snapshot.search(vectors[strangers], k)
-            sources.extend(int(anchors[place]) for place in strangers)
-            targets.append(found.rows)
-        frontier = []
-        for block in targets:
-            local = np.full(block.shape, -1, np.int64)
-            for at, row in np.ndenumerate(block):
-                if row >= 0:
-                    known = len(row_of)
-                    local[at] = number_of(int(row))
-                    if len(row_of) > known:
-                        frontier.append(int(row))
-            edges.append(local)
+        met = [reached]
+        if len(frontier):
+            sources.append(frontier)
+            targets.append(_edges(snapshot, graph, frontier, k))
+            met.append(targets[-1].ravel())
+        if hop == 0 and len(strangers):
+            from_strangers = snapshot.search(vectors[strangers], k).rows
+            met.append(from_strangers.ravel())
+        together = np.unique(np.concatenate(met))
+        together = together[together >= 0]
+        frontier = np.setdiff1d(together, reached, assume_unique=True)
+        reached = together
 
+    # Rows are numbered in ascending order, strangers after them.
+    row_of = np.concatenate([reached, np.full(len(strangers), -1, np.int64)])
+    anchors = np.searchsorted(reached, rows)
+    anchors[strangers] = len(reached) + np.arange(len(strangers))
     neighbours = np.full((len(row_of), k), -1, np.int64)
     if sources:
-        neighbours[np.asarray(sources)] = np.concatenate(edges)
+        ends = np.concatenate(targets)
+        local = np.where(ends >= 0, np.searchsorted(reached, ends), -1)
+        neighbours[np.searchsorted(reached, np.concatenate(sources))] = local
+    if len(strangers):
+        local = np.where(from_strangers >= 0, np.searchsorted(reached, from_strangers), -1)
+        neighbours[anchors[strangers]] = local
     unused = np.empty((len(row_of), 0), np.float32)  # propagation reads the neighbours alone
-    return KnnGraph(neighbours, unused), anchors, np.asarray(row_of, np.int64)
+    return KnnGraph(neighbours, unused), anchors, row_of
+
+
+def _edges(snapshot: Snapshot, graph: ItemGraph | None, rows: Rows, k: int) -> Rows:
+    """(n,) -> (n, k) rows of the nearest others: from the graph, or by searching for them."""
+    if graph is not None:
+        return graph.edges(snapshot, rows, k)
+    return snapshot.search(snapshot.vectors(rows), k, exclude=rows).rows
 
 
 def _ranking(similarities: Vectors, order: Order) -> NDArray[np.int64] | Sequence[int]:

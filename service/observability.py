@@ -221,6 +221,16 @@ class Metrics:
             "invprop_problems", "Errors answered, by code", ["code"], registry=registry
         )
         ProcessCollector(registry=registry)  # memory, CPU, file descriptors
+        self.graph_version = Gauge(
+            "invprop_graph_version",
+            "gallery_version of the kNN graph that is kept; behind the gallery's while it is made",
+            registry=registry,
+        )
+        self.graph_progress = Gauge(
+            "invprop_graph_progress",
+            "Share (0..1) that is done of the kNN graph of the next version",
+            registry=registry,
+        )
         self.build_info = Gauge(
             "invprop_build_info",
             "1, with what is running as labels",

@@ -19,6 +19,7 @@ import structlog
 
 from service.admission import Rates
 from service.batching import BoundedThreads, QueueFull
+from service.beside import Beside
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
@@ -37,8 +38,11 @@ from service.gallery.protocol import (
     StorageError,
     TooManyMatches,
 )
+from service.graph_keeper import GraphKeeper
+from service.groupings import Groupings
 from service.images import ImagePath
 from service.keys import ApiKeys
+from service.map import Maps
 from service.observability import Metrics, watch_event_loop
 from service.serving import Serving, load_embedder, pinned
 from service.settings import Settings
@@ -81,6 +85,7 @@ class Runtime:
         self._switching: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
         self._retiring: dict[Serving, asyncio.Task[None]] = {}
+        self._beside: dict[Serving, Beside] = {}
         self._compute = BoundedThreads(
             settings.resolved_search_threads(),
             max_pending=settings.max_pending,
@@ -102,6 +107,21 @@ class Runtime:
     def gallery(self) -> Gallery:
         """The gallery; a Problem while it is loading."""
         return self._served().gallery
+
+    @property
+    def graph(self) -> GraphKeeper:
+        """The kept kNN graph of the gallery; a Problem while it is loading."""
+        return self._beside[self._served()].graph
+
+    @property
+    def groupings(self) -> Groupings:
+        """The groupings of the gallery; a Problem while it is loading."""
+        return self._beside[self._served()].groupings
+
+    @property
+    def maps(self) -> Maps:
+        """The maps of the gallery; a Problem while it is loading."""
+        return self._beside[self._served()].maps
 
     @property
     def bundle(self) -> Bundle | None:
@@ -138,6 +158,7 @@ class Runtime:
         new = await switch.run(old.embedder.model_id)
         if new is None:
             return
+        self._beside[new] = await asyncio.to_thread(self._open_beside, new.gallery)
         self._embedder, self._images, self._gallery = new.embedder, new.images, new.gallery
         self._serving = new
         self._report_parts(new)
@@ -147,6 +168,7 @@ class Runtime:
     async def _retire(self, old: Serving) -> None:
         with contextlib.suppress(TimeoutError):  # at once where the service ends
             await asyncio.wait_for(self._ending.wait(), self.settings.request_timeout_s)
+        await asyncio.to_thread(self._beside.pop(old).close)
         await old.images.close()
         await asyncio.to_thread(old.gallery.close)
         del self._retiring[old]
@@ -155,12 +177,14 @@ class Runtime:
         """What /readyz looks at: "ok" or what is wrong with it."""
         missing = "loading" if self.failure is None else f"failed: {self.failure}"
         decoders = self._images if self._images is not None and self._images.running else None
-        parts = (self._embedder, decoders, self._gallery)
+        # What is kept beside the gallery is read after it: until then it is not open either.
+        gallery = self._gallery if self._serving is not None else None
+        parts = (self._embedder, decoders, gallery)
         checks = {n: missing if p is None else "ok" for n, p in zip(CHECKS, parts, strict=True)}
         self.keys.refresh()
         if self.keys.failure is not None:
             checks["keys"] = "the API keys cannot be read; the log says why"
-        if self._gallery is not None and (trouble := self._gallery.trouble()) is not None:
+        if gallery is not None and (trouble := gallery.trouble()) is not None:
             checks["gallery"] = trouble
         if self.draining:
             checks["accepting"] = "the service is stopping"
@@ -316,13 +340,20 @@ class Runtime:
                 open_gallery=self._open_gallery,
             )
         speed = None if bundle is None else bundle.speed()
-        self._serving = Serving(embedder, self._images, self._gallery, bundle, speed)
-        self._report_parts(self._serving)
+        serving = Serving(embedder, self._images, self._gallery, bundle, speed)
+        beside = await asyncio.to_thread(self._open_beside, self._gallery)
+        await asyncio.to_thread(beside.forget_others)
+        self._beside[serving] = beside
+        self._serving = serving
+        self._report_parts(serving)
         if self._database is not None:
             await asyncio.to_thread(clear_unfinished, self._database)
 
     def _image_path(self, embedder: Embedder) -> ImagePath:
         return ImagePath(embedder, settings=self.settings, metrics=self.metrics, rates=self.rates)
+
+    def _open_beside(self, gallery: Gallery) -> Beside:
+        return Beside(gallery, self.settings, on_progress=self._report_graph)
 
     def _open_gallery(self, bundle: Bundle, log: OperationsLog | None) -> LoggedGallery:
         assert self._database is not None
@@ -366,6 +397,10 @@ class Runtime:
         self.metrics.index_bytes.clear()
         self.metrics.index_bytes.labels(index["index"]).set(index["bytes"])
 
+    def _report_graph(self, version: int, share: float) -> None:
+        self.metrics.graph_version.set(version)
+        self.metrics.graph_progress.set(share)
+
     async def _close(self) -> None:
         if self._switching is not None:
             assert self._switch is not None
@@ -376,6 +411,8 @@ class Runtime:
         if self._images is not None:
             await self._images.close()
         await asyncio.to_thread(self._compute.close)
+        for beside in self._beside.values():
+            await asyncio.to_thread(beside.close)
         if self._gallery is not None and not self._given_gallery:
             await asyncio.to_thread(self._gallery.close)
         if self._database is not None:

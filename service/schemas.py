@@ -83,6 +83,18 @@ class GroupsRequest(_Query):
     )
 
 
+class GroupingRequest(_Strict):
+    """How to partition the whole gallery."""
+
+    k: int = Field(
+        default=4, ge=1, le=MAX_GROUP_K, description="Edges of each node of the kNN graph."
+    )
+    steps: int = Field(default=3, ge=1, le=MAX_GROUP_STEPS, description="Hops.")
+    min_size: int = Field(
+        default=3, ge=1, le=1_000_000, description="Smaller groups are left ungrouped."
+    )
+
+
 class ItemLine(_Strict):
     """One line of an NDJSON body: exactly one of `image` and `vector`."""
 
@@ -215,6 +227,105 @@ class GroupsAnswer(BaseModel):
     model: str
     gallery_version: int
     results: list[GroupAnswer]
+
+
+class GroupingProgress(BaseModel):
+    """What is being done."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class GroupingAnswer(BaseModel):
+    """A partition of the gallery as it was at `gallery_version`. Times in seconds since 1970."""
+
+    model: str
+    id: str
+    gallery_version: int
+    k: int
+    steps: int
+    min_size: int
+    state: Literal["queued", "running", "succeeded", "failed"]
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    items: int = Field(description="Of that version: grouped + ungrouped.")
+    grouped: int | None
+    ungrouped: int | None
+    groups: int | None
+    message: str | None = Field(description="Why there is no group.")
+    error: str | None = Field(description="Why it failed.")
+    progress: GroupingProgress | None = Field(description="While it is running.")
+    sizes: list[int] | None = Field(
+        default=None, description="Of all groups, descending; not in lists."
+    )
+
+
+class GroupingList(BaseModel):
+    """The groupings, the newest first."""
+
+    items: list[GroupingAnswer]
+    next: str | None = Field(description="Always null: they are few.")
+
+
+class GroupingMember(BaseModel):
+    """One member of a group."""
+
+    id: str
+    similarity: float = Field(description="Cosine to the representative, -1..1.")
+
+
+class ListedGroup(BaseModel):
+    """One group of a grouping."""
+
+    group: int = Field(description="From 0, the largest first.")
+    size: int
+    representative: str = Field(description="The item that most others mutually reach.")
+    members: list[GroupingMember] = Field(description="The first ones.")
+
+
+class GroupingGroupsPage(BaseModel):
+    """A page of the groups of a grouping."""
+
+    model: str
+    gallery_version: int
+    grouping: str
+    items: list[ListedGroup]
+    next: str | None = Field(description="The cursor of the next page.")
+
+
+class GroupingGroupAnswer(BaseModel):
+    """A page of the members of a group, by closeness to the representative."""
+
+    model: str
+    gallery_version: int
+    grouping: str
+    group: int
+    size: int
+    representative: str
+    items: list[GroupingMember]
+    next: str | None = Field(description="The cursor of the next page.")
+
+
+class MapAnswer(BaseModel):
+    """Two coordinates for each item of a sample."""
+
+    model: str
+    gallery_version: int
+    method: Literal["pca", "umap"]
+    items: int = Field(description="Of the gallery at that version.")
+    ids: list[str] = Field(description="Of the sample, in the order of writing.")
+    coordinates: VectorList = Field(description="x and y of each.")
+
+
+class MapPending(BaseModel):
+    """A map that is computed."""
+
+    model: str
+    gallery_version: int
+    method: Literal["pca", "umap"]
+    state: Literal["computing"]
 
 
 class Readiness(BaseModel):

@@ -202,6 +202,37 @@ class Settings(BaseSettings):
         le=1_000_000,
         description="Walks of one /groups request: anchors x (k + k^2 + ... + k^steps); 422.",
     )
+    graph_neighbours: int = Field(
+        default=50,
+        ge=0,
+        le=1000,
+        description="Neighbours of each item in the kNN graph that is kept for groups, 12 bytes "
+        "each; 0 keeps none, a larger k is searched for.",
+    )
+    max_grouping_walk: int = Field(
+        default=50_000_000,
+        ge=1,
+        description="Walks of one grouping: items x (k + k^2 + ... + k^steps), 8 bytes each while "
+        "it is computed; 422.",
+    )
+    groupings_pending: int = Field(
+        default=8, ge=1, le=1000, description="Groupings queued or running; then 429."
+    )
+    groupings_kept: int = Field(
+        default=10, ge=1, le=1000, description="Finished groupings kept; the oldest go."
+    )
+    max_map_sample: int = Field(
+        default=20_000, ge=1, le=1_000_000, description="Points of one map; 422."
+    )
+    maps_pending: int = Field(
+        default=4, ge=1, le=1000, description="UMAPs waiting or running; then 429."
+    )
+    map_timeout_s: float = Field(
+        default=900.0, gt=0, le=86_400, description="Wall time of one UMAP; then it is killed."
+    )
+    map_memory_bytes: int = Field(
+        default=4096 * MIB, ge=512 * MIB, description="Address space of the process of a UMAP."
+    )
 
     thumbnails: bool = Field(
         default=True,
@@ -314,6 +345,8 @@ CLIENT_LIMITS = (
     "max_metadata_bytes",
     "max_page",
     "max_group_walk",
+    "max_grouping_walk",
+    "max_map_sample",
     "queue_size",
     "request_timeout_s",
     "decode_timeout_s",

@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from service.answers import json_bytes, json_response
 from service.errors import over_limit
+from service.graph import ItemGraph
 from service.groups import propagated_groups, walk_width
 from service.openapi import body_of, problems
 from service.queries import ACCEPTED, Queries, read
@@ -42,10 +43,17 @@ async def groups(request: Request) -> Response:
                 limit,
             )
         with runtime.metrics.search_duration.labels("groups").time():
-            return await runtime.compute(_answer, model, options, queries, deadline)
+            graph = runtime.graph.graph_of(queries.snapshot, options.k)
+            return await runtime.compute(_answer, model, options, queries, graph, deadline)
 
 
-def _answer(model: str, options: GroupsRequest, queries: Queries, deadline: float) -> Response:
+def _answer(
+    model: str,
+    options: GroupsRequest,
+    queries: Queries,
+    graph: ItemGraph | None,
+    deadline: float,
+) -> Response:
     snapshot = queries.snapshot
     found = propagated_groups(
         snapshot,
@@ -55,6 +63,7 @@ def _answer(model: str, options: GroupsRequest, queries: Queries, deadline: floa
         steps=options.steps,
         order=options.order,
         limit=options.limit,
+        graph=graph,
         deadline=deadline,
     )
 

@@ -47,7 +47,12 @@ async def info(request: Request) -> Response:
                 "max_group_k": MAX_GROUP_K,
                 "max_group_steps": MAX_GROUP_STEPS,
             },
-            "gallery": {"items": len(snapshot), "version": snapshot.version, **runtime.database()},
+            "gallery": {
+                "items": len(snapshot),
+                "version": snapshot.version,
+                **runtime.database(),
+                "graph": runtime.graph.status(),
+            },
             "limits": {
                 name: {"limit": getattr(settings, name), "setting": name} for name in CLIENT_LIMITS
             },

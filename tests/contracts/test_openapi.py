@@ -25,6 +25,11 @@ MODELS: dict[type, tuple[str, set[str]]] = {
     client.Member: ("GroupMember", set()),
     client.Group: ("GroupAnswer", set()),
     client.Groups: ("GroupsAnswer", set()),
+    client.Grouping: ("GroupingAnswer", set()),
+    client.GroupingMember: ("GroupingMember", set()),
+    client.ListedGroup: ("ListedGroup", set()),
+    client.Map: ("MapAnswer", set()),
+    client.PendingMap: ("MapPending", set()),
     client.Readiness: ("Readiness", set()),
     client.Limit: ("LimitInfo", set()),
     client.Info: ("InfoAnswer", set()),
@@ -75,6 +80,7 @@ def test_listed_items__have_what_an_item_reads() -> None:
         ("/items", "get", {"limit", "cursor", "filter"}),
         ("/items", "post", {"idempotency-key"}),
         ("/items/{item_id}", "get", {"item_id", "include"}),
+        ("/map", "get", {"method", "sample", "version"}),
     ],
 )
 def test_parameters__that_the_client_sends_exist(
@@ -89,6 +95,7 @@ def test_parameters__that_the_client_sends_exist(
     [
         ("/neighbours", {"images", "vectors", "ids", "k", "filter", "exact", "include"}),
         ("/groups", {"images", "vectors", "ids", "k", "steps", "order", "limit"}),
+        ("/groupings", {"k", "steps", "min_size"}),
         ("/items/delete", {"ids", "filter"}),
     ],
 )

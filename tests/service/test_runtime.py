@@ -83,7 +83,9 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
 
 def app_with(embedder: Any, **options: object) -> FastAPI:
     settings = Settings.model_validate(
-        {"bundle": Path("x"), "state": Path("y"), "decoder_processes": 1, **options}
+        # The state directory is not there, and nothing is to be kept in it.
+        {"bundle": Path("x"), "state": Path("y"), "decoder_processes": 1, "graph_neighbours": 0}
+        | options
     )
     return create_app(settings, embedder=embedder, gallery=NoGallery())  # type: ignore[arg-type]
 
@@ -166,6 +168,7 @@ def test_searches__are_bounded_too(
         gallery = LoggedGallery(tmp_path, bundle)
         settings = Settings.model_validate(
             {"bundle": bundle.directory, "state": tmp_path, "search_threads": 2, "max_pending": 1}
+            | {"graph_neighbours": 0}  # whose searches would be at the gate too
         )
         embedder = OnnxEmbedder(bundle, execution_provider="cpu")
         app = create_app(settings, embedder=embedder, gallery=gallery)

@@ -60,6 +60,34 @@ def test_groups__are_cut_at_the_limit_and_say_so(shared_service: Any) -> None:
     assert similarities == sorted(similarities)
 
 
+def test_groups__are_the_same_with_and_without_the_kept_graph(
+    start_service: Any, picture: Callable[..., bytes], tmp_path: Any
+) -> None:
+    answers = []
+    for neighbours in (6, 0):
+        for service in start_service(tmp_path / str(neighbours), graph_neighbours=neighbours):
+            keeper = service.client.app.state.runtime.graph
+            add = {"images": ("new.png", picture(3))}
+            assert service.client.post("/items", files=add).status_code == 200
+            service.client.delete("/items/train/0005.png")
+            snapshot = service.client.app.state.runtime.gallery.snapshot()
+            graph = keeper.wait_for(snapshot, 6, timeout_s=20)
+            assert (graph is not None) == (neighbours == 6)
+            told = service.client.get("/info").json()["gallery"]["graph"]
+            assert (told["state"], told["neighbours"]) == ("ready" if graph else "off", neighbours)
+            metrics = service.client.get("/metrics").text
+            assert f"invprop_graph_version {float(snapshot.version if graph else 0)}" in metrics
+            for body in (
+                {"ids": ["train/0000.png", "new.png"], "k": 6, "steps": 2, "order": "step"},
+                {"ids": ["train/0009.png"], "k": 7, "steps": 2},  # more than the graph has
+                {"vectors": [[1.0] * 12], "k": 3},
+            ):
+                answers.append((neighbours, service.client.post("/groups", json=body).json()))
+    half = len(answers) // 2
+    assert [a for _, a in answers[:half]] == [a for _, a in answers[half:]]
+    assert all(result["reached"] for _, answer in answers for result in answer["results"])
+
+
 @pytest.mark.parametrize(
     ("options", "detail"),
     [

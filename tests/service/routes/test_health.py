@@ -54,6 +54,7 @@ def test_health__names_the_check_that_fails(tmp_path: Any) -> None:
             ("POST", "/items/delete"),
             ("POST", "/neighbours"),
             ("POST", "/groups"),
+            ("GET", "/groupings"),
             ("GET", "/info"),
         ]:
             refused = client.request(
@@ -71,6 +72,7 @@ def test_info__gives_facts_and_limits_with_their_settings(shared_service: Any) -
     gallery = document["gallery"]
     assert (gallery["items"], gallery["version"], gallery["read_only"]) == (40, 40, False)
     assert gallery["database"].startswith("sqlite 3.")
+    assert gallery["graph"]["neighbours"] == shared_service.settings.graph_neighbours
     for name, entry in document["limits"].items():
         assert entry == {"limit": getattr(shared_service.settings, name), "setting": name}
 
@@ -144,7 +146,7 @@ def test_docs__load_nothing_from_elsewhere(shared_service: Any) -> None:
     assert "<script" not in page.text
 
 
-@pytest.mark.parametrize("path", ["/", "/embed/", "/ITEMS", "//items", "/groupings", "/v1/nothing"])
+@pytest.mark.parametrize("path", ["/", "/embed/", "/ITEMS", "//items", "/grouping", "/v1/nothing"])
 def test_unknown_routes__are_problems(shared_service: Any, path: str) -> None:
     answer = shared_service.client.get(f"http://testserver{path}")
     assert answer.status_code == 404
