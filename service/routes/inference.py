@@ -54,7 +54,7 @@ async def ready(request: Request) -> Response:
 @router.get(
     "/models/{name}",
     response_model=ModelMetadata,
-    responses=problems(404, 503),
+    responses=problems(404, 422, 503),
     summary="Model metadata",
 )
 async def metadata(request: Request, name: str) -> Response:
@@ -65,7 +65,7 @@ async def metadata(request: Request, name: str) -> Response:
 @router.get(
     "/models/{name}/versions/{version}",
     response_model=ModelMetadata,
-    responses=problems(404, 503),
+    responses=problems(404, 422, 503),
     summary="Model metadata of a version",
 )
 async def version_metadata(request: Request, name: str, version: str) -> Response:
@@ -76,7 +76,7 @@ async def version_metadata(request: Request, name: str, version: str) -> Respons
 @router.get(
     "/models/{name}/ready",
     response_model=ModelReady,
-    responses=problems(404, 503),
+    responses=problems(404, 422, 503),
     summary="Is the model ready?",
 )
 async def model_ready(request: Request, name: str) -> Response:
@@ -89,7 +89,7 @@ async def model_ready(request: Request, name: str) -> Response:
 @router.get(
     "/models/{name}/versions/{version}/ready",
     response_model=ModelReady,
-    responses=problems(404, 503),
+    responses=problems(404, 422, 503),
     summary="Is this version ready?",
 )
 async def version_ready(request: Request, name: str, version: str) -> Response:

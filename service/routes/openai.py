@@ -57,7 +57,7 @@ async def models(request: Request) -> Response:
 @router.get(
     "/models/{name}",
     response_model=ModelEntry,
-    responses=problems(404, 503),
+    responses=problems(404, 422, 503),
     summary="Look at the model",
 )
 async def model(request: Request, name: str) -> Response:

@@ -34,7 +34,12 @@ from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import InputContract, prepare
 
 CONNECTIONS = 32
-ONE_CORE = {"inference_threads": 1, "decoder_processes": 1, "search_threads": 1}
+ONE_CORE = {
+    "inference_threads": 1,
+    "decoder_processes": 1,
+    "search_threads": 1,
+    "max_queue_wait_s": 60.0,  # 32 connections wait on one core: that is wanted here
+}
 say = sys.stdout.write
 
 

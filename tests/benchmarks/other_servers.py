@@ -11,6 +11,7 @@ import socket
 import sys
 from typing import Any
 
+import litserve
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, UploadFile
@@ -60,33 +61,38 @@ def plain(graph: str, size_px: int) -> FastAPI:
     return app
 
 
+class Encoder(litserve.LitAPI):
+    """At the top of the module: LitServe's worker is a spawned process, which loads it by name."""
+
+    def __init__(self, graph: str, size_px: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.graph, self.size_px = graph, size_px
+
+    def setup(self, device: str) -> None:
+        del device
+        self.encoder, self.contract = session(self.graph), InputContract(size_px=self.size_px)
+
+    def decode_request(self, request: Any) -> Any:
+        return prepare(request["images"].file.read(), self.contract)
+
+    def batch(self, inputs: Any) -> Any:
+        return np.stack(inputs)
+
+    def predict(self, x: Any) -> Any:
+        return self.encoder.run(["embedding"], {"images": x})[0]
+
+    def unbatch(self, output: Any) -> Any:
+        return list(output)
+
+    def encode_response(self, output: Any) -> Any:
+        buffer = io.BytesIO()
+        np.save(buffer, output)
+        return Response(buffer.getvalue(), media_type="application/x-npy")
+
+
 def serve_litserve(graph: str, size_px: int, port: int) -> None:
     """One worker, batches of up to 32."""
-    import litserve
-
-    class Encoder(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            del device
-            self.encoder, self.contract = session(graph), InputContract(size_px=size_px)
-
-        def decode_request(self, request: Any) -> Any:
-            return prepare(request["images"].file.read(), self.contract)
-
-        def batch(self, inputs: Any) -> Any:
-            return np.stack(inputs)
-
-        def predict(self, x: Any) -> Any:
-            return self.encoder.run(["embedding"], {"images": x})[0]
-
-        def unbatch(self, output: Any) -> Any:
-            return list(output)
-
-        def encode_response(self, output: Any) -> Any:
-            buffer = io.BytesIO()
-            np.save(buffer, output)
-            return Response(buffer.getvalue(), media_type="application/x-npy")
-
-    api = Encoder(max_batch_size=32, batch_timeout=0.002, api_path="/embed")
+    api = Encoder(graph, size_px, max_batch_size=32, batch_timeout=0.002, api_path="/embed")
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
     sys.stdout.write(f"port {port}\n")
     sys.stdout.flush()
