@@ -72,7 +72,7 @@ class Encoder(litserve.LitAPI):
         del device
         self.encoder, self.contract = session(self.graph), InputContract(size_px=self.size_px)
 
-    def decode_request(self, request: Any) -> Any:
+    def decode_request(self, request: Request) -> Any:
         return prepare(request["images"].file.read(), self.contract)
 
     def batch(self, inputs: Any) -> Any:
