@@ -90,13 +90,13 @@ def read_picture(
         raise damaged(gallery, seq, "it is missing")
     _, _, *fields, crc32 = row
     operation = Operation(*fields)
-    if crc32 != operation.checksum(gallery, seq):
+    if not operation.matches(gallery, seq, crc32):
         raise damaged(gallery, seq, "it does not match its checksum")
     wanted = operation.thumbnail if kind == "thumbnail" else operation.original
     if wanted is None:
         return None
     content = connection.scalar(sa.select(pictures.c.content).where(pictures.c.sha256 == wanted))
-    if content is not None and digest(content) == wanted:
+    if isinstance(content, bytes) and digest(content) == wanted:
         return bytes(content)
     where = f"the {kind} of the item that operation {seq} of gallery {gallery.id} wrote"
     cure = "add the image again, or restore the database from a copy"

@@ -54,6 +54,13 @@ class Operation(NamedTuple):
             crc = zlib.crc32(b"-" if part is None else b"%d:" % len(part) + part, crc)
         return crc
 
+    def matches(self, gallery: GalleryRow, seq: int, crc32: object) -> bool:
+        """Whether this is what was written; a damaged page may give columns of other types."""
+        try:
+            return crc32 == self.checksum(gallery, seq)
+        except (TypeError, AttributeError, UnicodeError):
+            return False
+
 
 class Remembered(NamedTuple):
     """A request that was answered under an Idempotency-Key."""

@@ -122,6 +122,10 @@ def test_pictures__are_not_kept_where_the_operator_does_not_want_them(
         ("DELETE FROM pictures; DELETE FROM held", "is missing"),
         ("UPDATE operations SET thumbnail = NULL WHERE seq = 41", "seq 41"),
         ("DELETE FROM operations WHERE seq = 41", "seq 41"),
+        # What a flipped bit in a record's header does: columns of other types.
+        ("UPDATE operations SET id = x'00' WHERE seq = 41", "seq 41"),
+        ("UPDATE operations SET metadata = 7 WHERE seq = 41", "seq 41"),
+        ("UPDATE pictures SET content = 7", "does not match its hash"),
     ],
 )
 def test_picture__that_is_damaged_is_named_and_never_served(
