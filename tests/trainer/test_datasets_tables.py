@@ -181,7 +181,7 @@ def test_table__damaged_rows_are_skipped_and_counted(tmp_path: Path) -> None:
         assert [file.id for file in found.skipped] == [f"a.parquet/{i}" for i in (1, 2, 3)]
         assert "holds no bytes in this row" in found.skipped[0].reason
         assert "0 bytes" in found.skipped[1].reason
-        assert "damaged or cut short" in found.skipped[2].reason
+        assert "the PNG is cut short" in found.skipped[2].reason
         with pytest.raises(DataError, match="3 of 9 images cannot be used, more than the 10%"):
             survey(source, pool, _config(max_skipped=0.1), size_px=8)
 
