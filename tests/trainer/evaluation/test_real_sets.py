@@ -92,7 +92,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run" / "bundle"
 
 
-@pytest.mark.parametrize("name", list(SETS))
+# A set takes over a minute: one in every run, all with --long.
+@pytest.mark.parametrize(
+    "name", ["fashion", *(pytest.param(n, marks=pytest.mark.long) for n in ("cifar10", "wm811k"))]
+)
 def test_real_set__by_all_three_probes(
     name: str, trained: Path, run_job: Run, tmp_path: Path
 ) -> None:
