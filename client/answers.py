@@ -166,10 +166,10 @@ def group(fields: Json) -> Group:
 
 def grouping(fields: Json) -> Grouping:
     """Read one grouping."""
-    known = {name: fields.get(name) for name in Grouping.__dataclass_fields__}
+    known: dict[str, Any] = {name: fields.get(name) for name in Grouping.__dataclass_fields__}
     sizes = fields.get("sizes")
     known["sizes"] = None if sizes is None else tuple(int(size) for size in sizes)
-    return Grouping(**known)  # type: ignore[arg-type]
+    return Grouping(**known)
 
 
 def grouping_member(fields: Json) -> GroupingMember:

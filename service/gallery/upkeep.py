@@ -251,8 +251,9 @@ class Upkeep:
         if snapshot.segments:  # what was filtered by will be filtered by
             built.postings.prepare(snapshot.segments[0].postings.fields())
         done = self._have_replaced(lambda current: adopt(current, built, snapshot.version))
-        while not self._stopping and not _is_done(done):
-            pass
+        while not _is_done(done):
+            if self._stopping:  # the writer may be gone; nothing was put in place
+                return
         _log.info(
             "index_built",
             index=choice.kind,
