@@ -35,6 +35,7 @@ from service.routes import (
     neighbours,
     openai,
 )
+from service.routes.direct import AnswerDirectly
 from service.runtime import Runtime
 from service.schemas import ProblemDocument
 from service.settings import Settings
@@ -101,7 +102,7 @@ def create_app(
     )
     app.state.runtime = runtime
     policy = Policy()
-    app.add_middleware(embed.EmbedDirectly)
+    app.add_middleware(AnswerDirectly)
     app.add_middleware(Admit, settings=settings, rates=runtime.rates, metrics=runtime.metrics)
     app.add_middleware(Authorise, keys=keys, policy=policy)
     app.add_middleware(ObserveRequests, metrics=runtime.metrics)

@@ -5,12 +5,16 @@ Prometheus text. No user data: neither ids nor file names nor vectors are logged
 """
 
 import asyncio
+import functools
 import logging
+import os
 import re
 import sys
 import time
-import uuid
+from collections.abc import Callable
+from typing import Any
 
+import orjson
 import structlog
 from prometheus_client import (
     CollectorRegistry,
@@ -64,7 +68,7 @@ def configure_logging(level: str = "info") -> None:
         structlog.processors.format_exc_info,
     ]
     structlog.configure(
-        processors=[*processors, structlog.processors.JSONRenderer()],
+        processors=[*processors, structlog.processors.JSONRenderer(_json)],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
@@ -81,6 +85,10 @@ def configure_logging(level: str = "info") -> None:
     root.setLevel(logging.WARNING)
     # Its warnings quote the bodies that it cannot read.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _json(event: object, default: Callable[[Any], Any]) -> str:
+    return orjson.dumps(event, default=default).decode()
 
 
 class Metrics:
@@ -260,13 +268,15 @@ class ObserveRequests:
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        # Few routes with few statuses: prometheus_client takes longer to find their series.
+        self._counted = functools.cache(self._series)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         started = time.perf_counter()
         status = 0
 
@@ -299,11 +309,19 @@ class ObserveRequests:
             finally:
                 self._record(scope, method, status, time.perf_counter() - started)
 
+    def _series(self, method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+        metrics = self._metrics
+        return (
+            metrics.requests.labels(method, route, str(status)),
+            metrics.request_duration.labels(method, route),
+        )
+
     def _record(self, scope: Scope, method: str, status: int, duration_s: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         method = method if method in _METHODS else "other"
-        self._metrics.requests.labels(method, route, str(status)).inc()
-        self._metrics.request_duration.labels(method, route).observe(duration_s)
+        count, duration = self._counted(method, route, status)
+        count.inc()
+        duration.observe(duration_s)
         code = scope.get(PROBLEM_CODE)
         if code is not None:
             self._metrics.problems.labels(code).inc()

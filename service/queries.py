@@ -4,12 +4,14 @@ In: a request in any of the forms of the contract. Out: its options and its quer
 with the row of each that is an item of the snapshot.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request
+from starlette.datastructures import QueryParams
 
 from service import bodies
 from service.bodies import EncodedImages
@@ -22,6 +24,8 @@ from trainer.representation.preprocess import ImageRejected
 
 # So many numbers are brought to unit length sooner than another thread is asked to (0.1 ms).
 INLINE_NUMBERS = 16_384
+_KNOWN_BYTES = 256  # length of a query string up to which its options are remembered
+_SOURCES = ("images", "vectors", "ids")
 
 Options = TypeVar("Options", NeighboursRequest, GroupsRequest)
 ACCEPTED = (bodies.JSON, bodies.MULTIPART, bodies.NPY, *bodies.IMAGES)
@@ -73,16 +77,11 @@ async def _parse(
 ) -> tuple[Options, _Source]:
     settings, dim = runtime.settings, runtime.embedder.embedding_dim
     kind = bodies.content_type(request)
-    sources = {"images", "vectors", "ids"}
     if kind == bodies.JSON:
         body = await request.body()
         return await runtime.compute(_parse_json, body, model, runtime)
-    options = bodies.validate(
-        model,
-        bodies.query_options(
-            dict(request.query_params), [n for n in model.model_fields if n not in sources]
-        ),
-    )
+    query: bytes = request.scope["query_string"]
+    options = (_known_options if len(query) <= _KNOWN_BYTES else _options)(model, query)
     if kind == bodies.NPY:
         array = bodies.parse_npy(await request.body(), "<f4", (None, dim))
         if not len(array):
@@ -98,6 +97,15 @@ async def _parse(
     if kind in bodies.IMAGES:
         return options, _Source(images=[await request.body()])
     raise bodies.unsupported(request, ACCEPTED)
+
+
+def _options(model: type[Options], query: bytes) -> Options:
+    names = [name for name in model.model_fields if name not in _SOURCES]
+    return bodies.validate(model, bodies.query_options(dict(QueryParams(query)), names))
+
+
+# Most callers ask for the same again and again; the models are frozen.
+_known_options = functools.lru_cache(maxsize=256)(_options)
 
 
 def _parse_json(body: bytes, model: type[Options], runtime: Runtime) -> tuple[Options, _Source]:

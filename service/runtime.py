@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import importlib.metadata
 import queue
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import structlog
 from service.admission import Rates
 from service.batching import BoundedThreads, QueueFull
 from service.beside import Beside
+from service.deadline import Deadline
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
@@ -193,6 +193,7 @@ class Runtime:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load in the background, and release everything at the end."""
+        faiss.omp_set_num_threads(1)  # of this thread, which does the shortest searches itself
         loading = asyncio.create_task(self._load())
         watching = asyncio.create_task(watch_event_loop(self.metrics))
         try:
@@ -202,26 +203,9 @@ class Runtime:
             await loading
             await self._close()
 
-    @contextlib.asynccontextmanager
-    async def deadline(self) -> AsyncIterator[float]:
-        """A block that must end within `request_timeout_s`; gives its deadline on time.monotonic.
-
-        Raises:
-            Problem: deadline_exceeded.
-        """
-        allowed = self.settings.request_timeout_s
-        try:
-            async with asyncio.timeout(allowed):
-                yield time.monotonic() + allowed
-        except TimeoutError:
-            raise Problem(
-                "deadline_exceeded",
-                f"there was no answer within {allowed:g} s; ask for less at a time, or try again "
-                "when less is going on",
-                retry_after_s=RETRY_AFTER_S,
-                limit=allowed,
-                setting="request_timeout_s",
-            ) from None
+    def deadline(self) -> Deadline:
+        """A block that must end within `request_timeout_s`; see service.deadline."""
+        return Deadline(self.settings.request_timeout_s)
 
     async def compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call something that takes the CPU in a thread, off the event loop.

@@ -380,8 +380,9 @@ class _Best:
                 numbers = np.concatenate([self.found.rows[place], numbers], axis=1)
             order = np.lexsort((numbers, -similarities), axis=1)[:, : self._k]
             kept = order.shape[1]
-            self.found.similarities[place, :kept] = np.take_along_axis(similarities, order, axis=1)
-            self.found.rows[place, :kept] = np.take_along_axis(numbers, order, axis=1)
+            each = np.arange(len(order))[:, None]
+            self.found.similarities[place, :kept] = similarities[each, order]
+            self.found.rows[place, :kept] = numbers[each, order]
         self._empty = self._empty and not len(inside)
 
 

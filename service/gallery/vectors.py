@@ -3,6 +3,7 @@
 In: numbers from a request. Out: float32 rows of unit length, or the reason why one is none.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ def as_unit(values: Sequence[float] | Any, dim: int) -> Vectors:
         raise ValueError(f"a vector of this model is {dim} numbers, got {what}")
     exact = given.astype(np.float64)
     with np.errstate(over="ignore"):  # seen as an infinite length below
-        length = float(np.sqrt(np.square(exact).sum()))
+        length = math.sqrt(np.vecdot(exact, exact))
     if not np.isfinite(length):
         raise ValueError("the vector holds NaN, infinity or values beyond any embedding")
     if length == 0:
@@ -66,11 +67,13 @@ def as_unit_rows(values: Sequence[Any] | Any, dim: int) -> Vectors | None:
         return None
     exact = given.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # seen as an infinite length below
-        lengths = np.sqrt(np.square(exact).sum(axis=1))
-        if not (np.isfinite(lengths) & (lengths > 0)).all():
-            return None
+        lengths = np.sqrt(np.vecdot(exact, exact))
+    # Few numpy calls: for one vector each of them takes longer than what it computes.
+    shortest, longest = float(lengths.min()), float(lengths.max())
+    if not (shortest > 0 and longest < math.inf):  # as with NaN
+        return None
+    if shortest < 1 - UNIT_KEPT or longest > 1 + UNIT_KEPT:
         off = np.abs(lengths - 1) > UNIT_KEPT
-    if off.any():
         exact[off] /= lengths[off, None]
         return cast(Vectors, exact.astype(np.float32))
     return np.ascontiguousarray(given, np.float32)

@@ -5,11 +5,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import bodies
 from service.answers import NPY, json_bytes, json_response, npy_response, wants
-from service.errors import Problem
 from service.images import Row
 from service.openapi import body_of, problems
 from service.queries import rejected_images, rejections
@@ -20,7 +18,6 @@ from trainer.representation.preprocess import ImageRejected
 
 router = APIRouter(tags=["embed"])
 Output = Literal["embedding", "features"]
-_NPY_TYPE = bodies.NPY.encode()
 _FEW_IMAGES = 4  # 2,048 numbers each are written as JSON in 0.3 ms
 ACCEPTED = (bodies.JSON, bodies.MULTIPART, bodies.NPY, *bodies.IMAGES)
 
@@ -48,37 +45,9 @@ async def embed(
     return await _embed(request, output, on_error)
 
 
-class EmbedDirectly:
-    """ASGI layer: prepared pixels with no options go to `/embed` past the router.
-
-    Its way from a request to the parameters of a function takes longer than all of the service's
-    own work on such a request. Anything else takes the router's way, to the same function.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        (self._route,) = router.routes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._takes(scope):
-            await self._app(scope, receive, send)
-            return
-        scope["route"] = self._route  # for log and metrics
-        try:
-            response = await _embed(Request(scope, receive, send), "embedding", "reject")
-        except Problem as problem:
-            response = problem.response()
-        await response(scope, receive, send)
-
-    @staticmethod
-    def _takes(scope: Scope) -> bool:
-        return (
-            scope["type"] == "http"
-            and scope["path"] == "/embed"
-            and scope["method"] == "POST"
-            and not scope["query_string"]
-            and (b"content-type", _NPY_TYPE) in scope["headers"]
-        )
+async def embed_prepared(request: Request) -> Response:
+    """`embed` without options, as service.routes.direct calls it."""
+    return await _embed(request, "embedding", "reject")
 
 
 async def _embed(request: Request, output: Output, on_error: str) -> Response:

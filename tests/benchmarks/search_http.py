@@ -32,6 +32,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from search import DIM, K, clustered
+from wire import closed_loop, request
 
 from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
@@ -114,6 +115,7 @@ class Running:
 
     def __init__(self, url: str, pid: int, ready_s: float) -> None:
         self.pid, self.ready_s = pid, ready_s
+        self.port = int(urlsplit(url).port or 0)
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> bytes:
@@ -281,19 +283,18 @@ uvicorn.Server(config).run(sockets=[listener])
 """
 
 
-def overhead(directory: Path, requests: int) -> None:
+def overhead(directory: Path, seconds: float) -> None:
     """C13: one query a request, a small gallery."""
     vectors, queries = clustered(1000), clustered(1, seed=5)
     state = state_in(directory, vectors)
     body = npy(queries)
 
-    def cpu_us(running: Running, path: str) -> float:
-        for _ in range(200):
-            running.post(path, body, NPY)
+    def cpu_us(running: Running, path: str, connections: int) -> float:
+        wires = [request(body, "application/x-npy", path=path, accept="application/x-npz")]
+        closed_loop(running.port, wires, connections=connections, seconds=0.3)
         before = running.cpu_s()
-        for _ in range(requests):
-            running.post(path, body, NPY)
-        return 1e6 * (running.cpu_s() - before) / requests
+        load = closed_loop(running.port, wires, connections=connections, seconds=seconds)
+        return 1e6 * (running.cpu_s() - before) / load.answers
 
     bundle = open_bundle(bundle_in(directory))
     gallery = LoggedGallery(state, bundle)
@@ -303,19 +304,24 @@ def overhead(directory: Path, requests: int) -> None:
     for _ in range(2000):
         gallery.snapshot().search(queries, K)
     search = 1e6 * (time.process_time() - began) / 2000
-    rows: dict[str, list[float]] = {"echo": [], "ours": []}
     with (
         serving(["-c", ECHO]) as echo,
         serving(service(directory, state)) as running,
     ):
-        for _ in range(5):
-            rows["echo"].append(cpu_us(echo, "/echo"))
-            rows["ours"].append(cpu_us(running, f"/neighbours?k={K}"))
-    ours, theirs = median(rows["ours"]), median(rows["echo"])
-    print(
-        f"server CPU a request: FastAPI echo {theirs:.0f} us, /neighbours {ours:.0f} us, of which "
-        f"the search {search:.0f} us: overhead {(ours - search) / theirs:.2f} x the echo"
-    )
+        for connections in (32, 1):
+            found = [
+                (
+                    cpu_us(echo, "/echo", connections),
+                    cpu_us(running, f"/neighbours?k={K}", connections),
+                )
+                for _ in range(5)
+            ]
+            theirs, ours = (median(column) for column in zip(*found, strict=True))
+            print(
+                f"{connections} connections: server CPU a request: FastAPI echo {theirs:.0f} us, "
+                f"/neighbours {ours:.0f} us, of which the search {search:.0f} us: "
+                f"{(ours - search) / theirs:.2f} x the echo"
+            )
 
 
 if __name__ == "__main__":
@@ -324,7 +330,7 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--items", type=int)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     if options.what == "start":
@@ -332,4 +338,4 @@ if __name__ == "__main__":
     elif options.what == "http":
         over_http(options.directory, options.items or 50_000, options.rounds)
     else:
-        overhead(options.directory, options.requests)
+        overhead(options.directory, options.seconds)

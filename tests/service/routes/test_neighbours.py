@@ -3,12 +3,16 @@
 import base64
 import io
 import json
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from service.gallery.faiss_index import FaissSnapshot
 
 Picture = Callable[..., bytes]
 Units = Callable[..., NDArray[np.float32]]
@@ -133,6 +137,64 @@ def test_neighbours__filter_first_and_include(service: Any, random_units: Units)
     assert set(answer["results"][0][0]) == {"id", "similarity", "metadata"}
     nothing = {"vectors": query.tolist(), "filter": {"set": "c"}}
     assert service.client.post("/neighbours", json=nothing).json()["results"] == [[]]
+
+
+@pytest.mark.parametrize(("products", "inline"), [(12 * 40, True), (12 * 40 - 1, False)])
+def test_neighbours__short_searches_need_no_thread(
+    shared_service: Any,
+    random_units: Units,
+    monkeypatch: pytest.MonkeyPatch,
+    products: int,
+    inline: bool,
+) -> None:
+    assert len(shared_service.bundle.gallery().ids) == 40
+    monkeypatch.setattr("service.routes.neighbours.INLINE_PRODUCTS", products)
+    threads = []
+    search = FaissSnapshot.search
+
+    def seen(self: FaissSnapshot, *arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return search(self, *arguments, **options)
+
+    monkeypatch.setattr(FaissSnapshot, "search", seen)
+    (query,) = random_units(1, 12, 1)
+    answer = shared_service.client.post("/neighbours", json={"vectors": [query.tolist()], "k": 7})
+    check(answer.json()["results"][0], nearest(shared_service, query, 7))
+    (thread,) = threads
+    assert thread.startswith("compute") is not inline
+
+
+def test_neighbours__of_arrays_past_the_router_answers_as_behind_it(
+    shared_service: Any, random_units: Units
+) -> None:
+    npy = io.BytesIO()
+    np.save(npy, random_units(2, 12, 1))
+
+    def post(query: str, content: bytes, kind: str) -> Any:
+        return shared_service.client.post(
+            f"/neighbours?{query}", content=content, headers={"Content-Type": kind}
+        )
+
+    def counted() -> float:
+        series = "invprop_request_duration_seconds_count"
+        text = shared_service.client.get("/metrics").text
+        found = re.search(series + r'{method="POST",route="/neighbours"} (\S+)', text)
+        return float(found[1]) if found else 0.0
+
+    before = counted()
+    for query, content in (
+        ("k=3", npy.getvalue()),
+        ("k=0", npy.getvalue()),
+        ("k=3&steps=2", npy.getvalue()),
+        ("k=3", b"no npy"),
+        ("k=3&include=metadata&" + "filter=" + "%20" * 300 + '{"a":1}', npy.getvalue()),
+    ):
+        # A parameter sends the same type by way of the router.
+        direct = post(query, content, "application/x-npy")
+        routed = post(query, content, "application/x-npy; charset=binary")
+        assert (direct.status_code, direct.json()) == (routed.status_code, routed.json())
+        assert direct.headers["content-type"] == routed.headers["content-type"]
+    assert counted() - before == 10
 
 
 UNIT = [1.0] + [0.0] * 11
