@@ -39,6 +39,9 @@ from service.decoder_process import (
 from trainer.representation.preprocess import ImageRejected, InputContract
 
 _START_TIMEOUT_S = 30.0  # an interpreter that imports numpy and Pillow takes about 0.3 s
+# A large image behind those of others is refused when its turn comes later: with `timeout_s` for
+# itself, nobody waits much longer than 2.5 s for an answer.
+LARGE_WAIT_S = 1.0
 _MAX_REASON_BYTES = 64 * 1024
 _MAX_THUMBNAIL_BYTES = 512 * 1024  # more than 256 x 256 pixels take in any form
 _ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +54,8 @@ class DecoderUnavailable(Exception):
 
 
 class DecodersBusy(Exception):
-    """A large image would wait behind more than `limit` others; it may be sent again."""
+    """A large image would wait behind more than `limit` others, or has waited for too long behind
+    them; it may be sent again."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"{limit} large images wait already")
@@ -74,6 +78,7 @@ class _Job:
     sender: object  # jobs of one sender do not count as queueing before each other
     large: bool = False  # found to be so; it is running already in the eyes of its future
     thumbnail: bool = False  # wanted too
+    last_start: float = math.inf  # of a large one behind those of others; refused after it
 
 
 class _Lanes:
@@ -83,7 +88,7 @@ class _Lanes:
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._large: deque[_Job] = deque()
-        self._large_is_out = False
+        self._large_out: _Job | None = None
         self._closed = False
 
     def __len__(self) -> int:
@@ -98,23 +103,25 @@ class _Lanes:
         """Wait for a job; None when the lanes are closed."""
         with self._changed:
             while not self._closed:
-                large = None if self._large_is_out or not self._large else self._large[0]
+                large = None if self._large_out or not self._large else self._large[0]
                 if large and (not self._jobs or large.arrived <= self._jobs[0].arrived):
-                    self._large_is_out = True
-                    return self._large.popleft()
+                    self._large_out = self._large.popleft()
+                    return self._large_out
                 if self._jobs:
                     return self._jobs.popleft()
                 self._changed.wait()
             return None
 
-    def large_before(self, job: _Job) -> int:
-        """Large jobs of other senders that wait."""
+    def large_before(self, job: _Job) -> tuple[int, bool]:
+        """Large jobs of other senders that wait, and whether one of theirs is out."""
         with self._changed:
-            return sum(other.sender is not job.sender for other in self._large)
+            out = self._large_out
+            is_out = out is not None and out.sender is not job.sender
+            return sum(other.sender is not job.sender for other in self._large), is_out
 
     def large_is_done(self) -> None:
         with self._changed:
-            self._large_is_out = False
+            self._large_out = None
             self._changed.notify()
 
     def close(self) -> list[_Job]:
@@ -270,6 +277,9 @@ class DecoderPool:
         if job.deadline <= begun:
             job.future.set_exception(TimeoutError("waited too long for a decoder"))
             return child
+        if job.last_start <= begun:
+            job.future.set_exception(DecodersBusy(self._max_large_waiting))
+            return child
         try:
             if child is None:
                 child = _Child(self._arguments)
@@ -289,10 +299,12 @@ class DecoderPool:
             job.future.set_exception(rejection)
         else:
             if decoded is None:
-                if self._lanes.large_before(job) >= self._max_large_waiting:
+                waiting, is_out = self._lanes.large_before(job)
+                if waiting >= self._max_large_waiting:
                     job.future.set_exception(DecodersBusy(self._max_large_waiting))
                 else:
-                    self._lanes.put(replace(job, large=True))
+                    last = begun + LARGE_WAIT_S if waiting or is_out else math.inf
+                    self._lanes.put(replace(job, large=True, last_start=last))
                 return child
             job.future.set_result(decoded)
         self._on_decoded(begun - job.arrived, time.monotonic() - begun)

@@ -42,9 +42,17 @@ _LENGTH = struct.Struct("<Q")
 
 
 def send_frame(channel: socket.socket, kind: bytes, payload: bytes) -> None:
-    """Send one byte of kind, the length, the payload; respects the socket's timeout."""
-    channel.sendall(kind + _LENGTH.pack(len(payload)))
-    channel.sendall(payload)
+    """Send one byte of kind, the length, the payload; respects the socket's timeout.
+
+    Together, so that the other side wakes once for both.
+    """
+    head = kind + _LENGTH.pack(len(payload))
+    sent = channel.sendmsg([head, payload])
+    if sent < len(head):
+        channel.sendall(head[sent:])
+        sent = len(head)
+    if sent < len(head) + len(payload):
+        channel.sendall(memoryview(payload)[sent - len(head) :])
 
 
 def receive_frame(

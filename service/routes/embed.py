@@ -45,7 +45,7 @@ async def embed(
     return await _embed(request, output, on_error)
 
 
-async def embed_prepared(request: Request) -> Response:
+async def embed_plainly(request: Request) -> Response:
     """`embed` without options, as service.routes.direct calls it."""
     return await _embed(request, "embedding", "reject")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from service import decode as decode_module
 from service.decode import DecoderPool, DecodersBusy, DecoderUnavailable
-from service.decoder_process import receive_frame
+from service.decoder_process import receive_frame, send_frame
 from trainer.representation.preprocess import ImageRejected, InputContract, prepare
 
 CONTRACT = InputContract(size_px=8, crop_fraction=0.875)
@@ -215,6 +215,60 @@ def test_pool__refuses_a_large_image_behind_too_many_of_others(
     finally:
         gate.set()
         pool.close()
+
+
+@pytest.mark.parametrize(("longest_wait_s", "refused"), [(0.0, True), (3600.0, False)])
+def test_pool__refuses_a_large_image_that_waited_too_long_behind_others(
+    monkeypatch: pytest.MonkeyPatch, longest_wait_s: float, refused: bool
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    queued = threading.Event()
+    real = decode_module._Child.decode
+
+    def held(child: object, *arguments: object, large: bool) -> object:
+        if large and not entered.is_set():
+            entered.set()
+            assert gate.wait(WAIT_S)
+        return real(child, *arguments, large=large)  # type: ignore[arg-type]
+
+    put = decode_module._Lanes.put
+
+    def noted(lanes: decode_module._Lanes, job: decode_module._Job) -> None:
+        put(lanes, job)
+        if job.large and entered.is_set():
+            queued.set()
+
+    monkeypatch.setattr(decode_module._Child, "decode", held)
+    monkeypatch.setattr(decode_module._Lanes, "put", noted)
+    monkeypatch.setattr(decode_module, "LARGE_WAIT_S", longest_wait_s)
+    pool = make_pool(size=2, max_pixels=10_000_000, max_large_waiting=1)
+    try:
+        first = pool.submit(large_picture(1), sender=object())
+        assert entered.wait(WAIT_S)
+        second = pool.submit(large_picture(2), sender=object())
+        assert queued.wait(WAIT_S)
+        gate.set()
+        assert first.result(WAIT_S)[0, 0, 0] == 1
+        if refused:
+            with pytest.raises(DecodersBusy):
+                second.result(WAIT_S)
+        else:
+            assert second.result(WAIT_S)[0, 0, 0] == 2
+    finally:
+        gate.set()
+        pool.close()
+
+
+def test_frames__arrive_whole_whatever_the_channel_takes_at_a_time() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    payload = bytes(range(256)) * 8192  # 2 MiB
+    with ours, theirs:
+        ours.settimeout(WAIT_S)
+        sender = threading.Thread(target=send_frame, args=(ours, b"I", payload))
+        sender.start()
+        assert receive_frame(theirs, len(payload)) == (b"I", payload)
+        sender.join()
 
 
 def test_pool__refuses_before_decoding_what_no_decoder_has_the_memory_for(
