@@ -36,6 +36,7 @@
         ├── NotReady              not_ready               a check of /readyz failed
         ├── MapFailed             map_failed              a map could not be computed
         ├── StorageFailed         storage_failed          a change could not be stored
+        ├── GalleryBehind         gallery_behind          not at the version asked for yet: again
         ├── GalleryRetired        gallery_retired         replaced by another model's: send it again
         ├── DecoderUnavailable    decoder_unavailable     no picture can be decoded just now
         ├── DeadlineExceeded      deadline_exceeded       the service gave up in time
@@ -284,6 +285,12 @@ class MapFailed(ServiceError):
 
 class StorageFailed(ServiceError):
     known_code = "storage_failed"
+
+
+class GalleryBehind(ServiceError):
+    """The service does not hold the gallery version that was asked for yet: ask again."""
+
+    known_code = "gallery_behind"
 
 
 class GalleryRetired(ServiceError):

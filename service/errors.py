@@ -50,6 +50,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "not_ready": (503, "The service is not ready"),
     "map_failed": (503, "The map could not be computed"),
     "storage_failed": (503, "The change could not be stored"),
+    "gallery_behind": (503, "The gallery has not reached the version that was asked for"),
     "gallery_retired": (503, "The gallery was replaced by one of another model"),
     "decoder_unavailable": (503, "No image decoder is running"),
     "deadline_exceeded": (504, "The answer took too long"),

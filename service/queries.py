@@ -64,6 +64,7 @@ async def read(
     vectors = source.vectors
     if source.images is not None:
         vectors = await _embed(runtime, source.images, deadline)
+    await runtime.caught_up(request)
     snapshot = runtime.gallery.snapshot()  # after the embedding: the newest state answers
     if source.ids is not None:
         rows = _rows_of(snapshot, source.ids)

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 import faiss
 import structlog
+from fastapi import Request
 
 from service.admission import Rates
 from service.batching import BoundedThreads, QueueFull
 from service.beside import Beside
+from service.catch_up import CatchUp, min_version_of
 from service.deadline import Deadline
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError
@@ -86,6 +88,7 @@ class Runtime:
         self._ending = asyncio.Event()
         self._retiring: dict[Serving, asyncio.Task[None]] = {}
         self._beside: dict[Serving, Beside] = {}
+        self._catch_up = CatchUp(settings.max_catch_up_s)
         self._compute = BoundedThreads(
             settings.resolved_search_threads(),
             max_pending=settings.max_pending,
@@ -206,6 +209,16 @@ class Runtime:
     def deadline(self) -> Deadline:
         """A block that must end within `request_timeout_s`; see service.deadline."""
         return Deadline(self.settings.request_timeout_s)
+
+    async def caught_up(self, request: Request) -> None:
+        """Wait until the gallery holds the version that the request names, if it names one.
+
+        Raises:
+            Problem: gallery_behind; invalid_request.
+        """
+        version = min_version_of(request)
+        if version is not None:
+            await self._catch_up.wait(self.gallery, version)
 
     async def compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call something that takes the CPU in a thread, off the event loop.
@@ -365,6 +378,7 @@ class Runtime:
             self.metrics.generation_seq.set_function(lambda: gallery.generation_seq)
             self.metrics.log_damaged.set_function(lambda: gallery.is_damaged)
         gallery.on_change(self._report_snapshot)
+        gallery.on_change(self._catch_up.note)
         self._report_snapshot(gallery.snapshot())
         self.metrics.build_info.clear()
         self.metrics.build_info.labels(

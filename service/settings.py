@@ -260,6 +260,13 @@ class Settings(BaseSettings):
         gt=0,
         description="/readyz fails when the gallery was last in step with `database` longer ago.",
     )
+    max_catch_up_s: float = Field(
+        default=2.0,
+        ge=0,
+        le=600,
+        description="How long a request with `X-Min-Gallery-Version` waits for that version, "
+        "within `request_timeout_s`; then 503.",
+    )
     drain_delay_s: float = Field(
         default=0.0,
         ge=0,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -49,6 +49,7 @@ GROUP_REQUESTS = 64
 _DAMAGE_NOTE = "restart the service when the log is mended"
 
 _Waiting = tuple[Change, "Future[Applied]"]
+_Look = Literal["look"]  # for what others have written
 _Replacing = tuple[Grown, "Future[None]"]  # of the snapshot, by one that holds the same items
 _log = structlog.get_logger("service.gallery")
 
@@ -96,7 +97,8 @@ class LoggedGallery:
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._remembered: dict[str, Remembered] = {}
         self._search = search or SearchOptions()
-        self._queue: queue.Queue[_Waiting | _Replacing | None] = queue.Queue(max_pending)
+        self._queue: queue.Queue[_Waiting | _Replacing | _Look | None] = queue.Queue(max_pending)
+        self._look_asked = threading.Event()
         self._failure: Exception | None = None
         self._unreachable: str | None = None  # why the database is, while it is
         self._in_step_at = time.monotonic()
@@ -190,6 +192,14 @@ class LoggedGallery:
         """Call `listener` with every new snapshot; see protocol.Gallery."""
         self._listeners.append(listener)
 
+    def refresh(self) -> None:
+        """Look soon for what others have written; see protocol.Gallery."""
+        if self.database.is_shared and not self._look_asked.is_set():
+            self._look_asked.set()
+            # Where changes wait, the next one of them takes over what others have written.
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait("look")
+
     def close(self) -> None:
         """Finish what is queued and release the log and the lock."""
         self._upkeep.stop()
@@ -246,6 +256,7 @@ class LoggedGallery:
         self._snapshot = first
         opened.set_result(first)
         while (group := self._next_group()) is not None:
+            self._look_asked.clear()  # whoever asks from here on is answered by the next round
             if group:
                 self._commit(group)
             else:
@@ -306,10 +317,12 @@ class LoggedGallery:
         """The next change, None for the end; what replaces the snapshot is done on the way.
 
         Raises:
-            queue.Empty: nothing came in that time.
+            queue.Empty: nothing came in that time, or somebody wants a look at the log.
         """
         while True:
             entry = self._queue.get(block=timeout_s != 0, timeout=timeout_s or None)
+            if entry == "look":
+                raise queue.Empty
             if entry is None or isinstance(entry[0], Change):
                 return entry
             grown, done = entry

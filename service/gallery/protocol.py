@@ -240,6 +240,10 @@ class Gallery(Protocol):
         """
         ...
 
+    def refresh(self) -> None:
+        """Look soon for what other processes have changed; returns at once."""
+        ...
+
     def close(self) -> None:
         """Finish what is queued and release the storage."""
         ...

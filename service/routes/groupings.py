@@ -9,6 +9,7 @@ from starlette.responses import Response
 from service import bodies
 from service.answers import json_bytes, json_response
 from service.batching import QueueFull
+from service.catch_up import PARAMETER
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.groupings import Grouping, Groups
 from service.groups import walk_width
@@ -36,8 +37,8 @@ Cursor = Annotated[
     "/groupings",
     response_model=GroupingAnswer,
     status_code=202,
-    responses=problems(400, 415, 422, 429, 503, 507),
-    openapi_extra=body_of(GroupingRequest, (bodies.JSON,)),
+    responses=problems(400, 415, 422, 429, 503, 504, 507),
+    openapi_extra=body_of(GroupingRequest, (bodies.JSON,)) | PARAMETER,
     summary="Group the whole gallery",
 )
 async def start_grouping(request: Request) -> Response:
@@ -49,6 +50,7 @@ async def start_grouping(request: Request) -> Response:
         raise bodies.unsupported(request, (bodies.JSON,))
     async with runtime.deadline():
         options = bodies.validate(GroupingRequest, bodies.parse_json(await request.body()))
+        await runtime.caught_up(request)
     snapshot, limit = runtime.gallery.snapshot(), runtime.settings.max_grouping_walk
     walks = len(snapshot) * walk_width(options.k, options.steps)
     if walks > limit:

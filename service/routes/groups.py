@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.answers import json_bytes, json_response
+from service.catch_up import PARAMETER
 from service.errors import over_limit
 from service.graph import ItemGraph
 from service.groups import propagated_groups, walk_width
@@ -19,7 +20,7 @@ router = APIRouter(tags=["groups"])
     "/groups",
     response_model=GroupsAnswer,
     responses=problems(400, 404, 413, 415, 422, 429, 503, 504),
-    openapi_extra=body_of(GroupsRequest, ACCEPTED),
+    openapi_extra=body_of(GroupsRequest, ACCEPTED) | PARAMETER,
     summary="Find propagated groups",
 )
 async def groups(request: Request) -> Response:

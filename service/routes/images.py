@@ -5,6 +5,7 @@ import hashlib
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from service.catch_up import PARAMETER
 from service.errors import Problem
 from service.gallery.protocol import GalleryError, StorageError
 from service.openapi import problems
@@ -24,6 +25,7 @@ _CACHE = "private, no-cache"
         304: {"description": "It is still the one that If-None-Match names."},
         **problems(404, 422, 429, 500, 503, 504),
     },
+    openapi_extra=PARAMETER,
     summary="The thumbnail of an item",
 )
 async def get_image(request: Request, item_id: str) -> Response:
@@ -33,6 +35,7 @@ async def get_image(request: Request, item_id: str) -> Response:
     runtime = runtime_of(request)
     gallery = runtime.gallery
     async with runtime.deadline():
+        await runtime.caught_up(request)
         try:
             content = await runtime.compute(gallery.picture, item_id, "thumbnail")
         except GalleryError as error:

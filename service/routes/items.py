@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from service import bodies
 from service.answers import json_bytes, json_response
+from service.catch_up import PARAMETER
 from service.errors import Problem, over_limit, validation_problem
 from service.gallery.protocol import Applied, Change, Idempotency, Item, Vectors
 from service.openapi import body_of, problems
@@ -74,6 +75,7 @@ async def add_items(
     "/items",
     response_model=ItemPage,
     responses=problems(422, 429, 503, 504),
+    openapi_extra=PARAMETER,
     summary="List items",
 )
 async def list_items(
@@ -93,6 +95,7 @@ async def list_items(
         raise over_limit("limit_exceeded", "limit", limit, "max_page", most)
     wanted = None if filter is None else _parse_filter(filter)
     async with runtime.deadline():
+        await runtime.caught_up(request)
         return await runtime.compute(_page, runtime, limit, int(cursor or 0), wanted)
 
 
@@ -134,7 +137,8 @@ async def delete_items(
     "/items/{item_id:path}",
     response_model=ItemAnswer,
     response_model_exclude_none=True,
-    responses=problems(404, 422, 503),
+    responses=problems(404, 422, 503, 504),
+    openapi_extra=PARAMETER,
     summary="Look at one item",
 )
 async def get_item(
@@ -146,6 +150,8 @@ async def get_item(
 ) -> Response:
     """The id is the whole rest of the path, slashes included, plain or percent-encoded."""
     runtime = runtime_of(request)
+    async with runtime.deadline():
+        await runtime.caught_up(request)
     snapshot = runtime.gallery.snapshot()
     row = snapshot.row(item_id)
     if row is None:

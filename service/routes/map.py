@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from service.answers import NPZ, json_bytes, json_response, npz_response, wants
 from service.batching import QueueFull
+from service.catch_up import PARAMETER
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.map import LEAST_ITEMS, Failure, Key, Map, Method
 from service.openapi import problems
@@ -25,6 +26,7 @@ DEFAULT_SAMPLE = 5000
         **problems(404, 422, 429, 503, 504, alternatives={200: [NPZ]}),
         202: {"model": MapPending, "description": "It is computed; ask `Location` again."},
     },
+    openapi_extra=PARAMETER,
     summary="Lay the gallery out in two dimensions",
 )
 async def get_map(
@@ -46,6 +48,8 @@ async def get_map(
     (n, 2).
     """
     runtime = runtime_of(request)
+    async with runtime.deadline():
+        await runtime.caught_up(request)
     model, snapshot, most = (
         runtime.embedder.model_id,
         runtime.gallery.snapshot(),

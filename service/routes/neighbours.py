@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.answers import NPZ, json_bytes, json_response, npz_response, wants
+from service.catch_up import PARAMETER
 from service.errors import over_limit
 from service.gallery.protocol import Filter, Found
 from service.openapi import body_of, problems
@@ -26,7 +27,7 @@ _INLINE_RESULTS = 200  # queries x k
     response_model=NeighboursAnswer,
     response_model_exclude_none=True,
     responses=problems(400, 404, 413, 415, 422, 429, 503, 504, alternatives={200: [NPZ]}),
-    openapi_extra=body_of(NeighboursRequest, ACCEPTED),
+    openapi_extra=body_of(NeighboursRequest, ACCEPTED) | PARAMETER,
     summary="Find the nearest items",
 )
 async def neighbours(request: Request) -> Response:

@@ -30,6 +30,7 @@ def test_service__does_what_its_openapi_file_says(tmp_path: Path, examples: int)
         state=tmp_path / "state",
         decoder_processes=1,
         api_keys=line,
+        max_catch_up_s=0.0,
     )
     with serving(settings) as url:
         command: list[Any] = [
