@@ -44,8 +44,8 @@ ROOMS = {
         ("service", "trainer.representation"),
         names(
             "fastapi starlette uvicorn pydantic pydantic_settings onnxruntime faiss celery "
-            "sqlalchemy numpy PIL prometheus_client yaml orjson structlog limits psycopg sklearn "
-            "umap"
+            "jsonschema_rs sqlalchemy numpy PIL prometheus_client yaml orjson structlog limits "
+            "psycopg sklearn umap"
         ),
     ),
     "service/gallery/milvus.py": Room(

@@ -17,6 +17,8 @@ from trainer.representation.protocols import KNN_K, KNN_TEMPERATURE
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 SplitName = Annotated[str, Field(pattern="^(train|validation|test)$")]
+# Pydantic's JSON Schema of such a dict allows further keys, its validation does not.
+Splits = Annotated[dict[SplitName, str], Field(json_schema_extra={"additionalProperties": False})]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Model = TypeVar("Model", bound="Section")
 Strength = Annotated[float, Field(gt=0, le=1e9)]  # C of a linear classifier
@@ -55,14 +57,14 @@ class FolderDataset(_Dataset):
     """A folder whose sub-folders are the classes, below `train/`, `test/` or not divided."""
 
     kind: Literal["folder"]
-    splits: dict[SplitName, str] | None = None  # sub-folders of root; None: found by their names
+    splits: Splits | None = None  # sub-folders of root; None: found by their names
 
 
 class PackedDataset(_Dataset):
     """An .npz as trainer.datasets.arrays reads it, or a folder of one for each split."""
 
     kind: Literal["npz"]
-    splits: dict[SplitName, str] | None = None  # files below root; None: train.npz, test.npz, ...
+    splits: Splits | None = None  # files below root; None: train.npz, test.npz, ...
     label: Annotated[str, Field(min_length=1)] = "labels"  # the array of labels
     class_names: tuple[str, ...] | None = None  # C, so that labels must be 0..C-1
 
@@ -79,7 +81,7 @@ class TableDataset(_Dataset):
 
     kind: Literal["table"]
     # files below root; None: root is the one file, whose column `split` is asked if it is there
-    splits: dict[SplitName, str] | None = None
+    splits: Splits | None = None
     path: Annotated[str, Field(min_length=1)] = "path"
     label: Annotated[str, Field(min_length=1)] = "label"
     split: Annotated[str, Field(min_length=1)] = "split"
@@ -91,7 +93,7 @@ class VocDataset(_Dataset):
     """A tree as VOC2007's: JPEGImages, Annotations, ImageSets/Main; several classes an image."""
 
     kind: Literal["voc"]
-    splits: dict[SplitName, str] = Field(
+    splits: Splits = Field(
         default_factory=lambda: {TRAIN: "trainval", TEST: "test"}
     )  # lists in ImageSets/Main
     class_names: tuple[str, ...] | None = None  # None: the 20 of VOC
@@ -101,7 +103,7 @@ class ListDataset(_Dataset):
     """Text lists of `relative/path.jpg 12` a line, as Places205's."""
 
     kind: Literal["list"]
-    splits: dict[SplitName, str]  # lists below root
+    splits: Splits  # lists below root
     images: Path | None = None  # where paths start; None: root
     class_names: tuple[str, ...] | None = None
 
@@ -111,7 +113,7 @@ class ShardDataset(_Dataset):
 
     kind: Literal["webdataset"]
     # patterns below root, such as train-{000..009}.tar; None: root's *.tar are not divided
-    splits: dict[SplitName, str] | None = None
+    splits: Splits | None = None
     class_names: tuple[str, ...] | None = None
 
 
@@ -286,6 +288,11 @@ def parse_job(values: Mapping[str, Any]) -> Job:
         raise JobError(
             "; ".join(_explain(problem) for problem in error.errors(include_url=False))
         ) from None
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of job.json: one definition for each protocol and kind of set."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_JOB.json_schema()}
 
 
 def _explain(problem: Any) -> str:
