@@ -8,7 +8,7 @@ compared. The graph's answers are the same within the bundle's parity, see tests
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +74,12 @@ class Evaluation:
         return Network(
             encoder.to(self.device).eval(), f"untrained-{drawn}-{torch.__version__}-{self.seed}"
         )
+
+    def skip(self, split: str, files: Sequence[Skipped]) -> None:
+        """Remember broken images of a split, each once."""
+        known = self.skipped.get(split, ())
+        ids = {file.id for file in known}
+        self.skipped[split] = (*known, *(file for file in files if file.id not in ids))
 
     def fresh_copy(self) -> Encoder:
         """The trained encoder to be fine-tuned; the original stays as it is."""

@@ -18,10 +18,12 @@ from trainer.datasets.arrays import open_packed
 from trainer.datasets.files import open_folder, open_list
 from trainer.datasets.shards import expand_braces, open_shards
 from trainer.datasets.source import SUFFIXES, classes_of
+from trainer.evaluation.cub200 import open_cub200
 from trainer.evaluation.job import (
     TEST,
     TRAIN,
     VALIDATION,
+    Cub200Dataset,
     DatasetSpec,
     FolderDataset,
     ListDataset,
@@ -83,6 +85,7 @@ def open_dataset(spec: DatasetSpec, *, seed: int) -> LabelledDataset:
         fingerprint=fingerprint_of_all(splits, class_names),
         divided_by_seed=by_seed,
         max_skipped=spec.max_skipped,
+        published_as=spec.set if isinstance(spec, TorchvisionDataset) else None,
     )
 
 
@@ -91,6 +94,7 @@ def _open(
     | PackedDataset
     | TorchvisionDataset
     | TableDataset
+    | Cub200Dataset
     | ListDataset
     | ShardDataset,
 ) -> Sources:
@@ -102,6 +106,8 @@ def _open(
         return open_torchvision_splits(spec.set, spec.root)
     if isinstance(spec, TableDataset):
         return open_labelled_table(spec)
+    if isinstance(spec, Cub200Dataset):
+        return open_cub200(spec)
     if isinstance(spec, ListDataset):
         start = spec.images or spec.root
         return {name: open_list(spec.root / where, start) for name, where in spec.splits.items()}

@@ -58,6 +58,45 @@ def extract(
     return Extracted(first.rows, {output: found[output].values for output in outputs})
 
 
+def usable_images(
+    evaluation: Evaluation,
+    split: str,
+    rows: list[int],
+    *,
+    asked: NDArray[np.int64] | None = None,
+) -> Iterator[NDArray[np.uint8]]:
+    """(S, S, 3) as the bundle wants it, for each image of a split that can be decoded.
+
+    Args:
+        rows: is given the place in the split of each image.
+        asked: ascending places in the split; None: all.
+
+    Raises:
+        DataError: none can be used, or more are broken than the data set allows; names some.
+    """
+    source = evaluation.dataset.splits[split].source
+    places = np.arange(len(source)) if asked is None else asked
+    skipped = list(source.skipped)
+    answers = prepared_or_reasons(
+        source if asked is None else source.subset(asked),
+        evaluation.bundle.contract,
+        evaluation.pool,
+    )
+    for row, answer in zip(places, answers, strict=True):
+        if isinstance(answer, str):
+            skipped.append(Skipped(source.ids[row], answer))
+            _check_skipped(evaluation, split, skipped)
+        else:
+            rows.append(int(row))
+            yield answer
+    evaluation.skip(split, skipped)
+    if not rows:
+        raise DataError(
+            f"data set {evaluation.dataset.name}: none of the {len(places)} images of {split} can "
+            f"be used{_named(skipped)}"
+        )
+
+
 def embed_all(
     images: Iterable[NDArray[np.uint8]],
     encode: Encode,
@@ -103,41 +142,25 @@ class _Entry(NamedTuple):
 def _computed(
     evaluation: Evaluation, network: Network, split: str, outputs: Sequence[str]
 ) -> dict[str, _Entry]:
-    source = evaluation.dataset.splits[split].source
+    total = len(evaluation.dataset.splits[split])
     stage, done = f"{_said(network)} features of {split}", 0
     rows: list[int] = []
-    skipped = list(source.skipped)
-
-    def usable() -> Iterator[NDArray[np.uint8]]:
-        answers = prepared_or_reasons(source, evaluation.bundle.contract, evaluation.pool)
-        for row, answer in enumerate(answers):
-            if isinstance(answer, str):
-                skipped.append(Skipped(source.ids[row], answer))
-                _check_skipped(evaluation, split, skipped)
-            else:
-                rows.append(row)
-                yield answer
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        evaluation.progress(stage, done, len(source))
+        evaluation.progress(stage, done, total)
 
-    evaluation.progress(stage, 0, len(source))
+    evaluation.progress(stage, 0, total)
     values = embed_all(
-        usable(),
+        usable_images(evaluation, split, rows),
         encode_with(network.encoder, outputs),
         device=evaluation.device,
         advance=advance,
     )
-    if not rows:
-        raise DataError(
-            f"data set {evaluation.dataset.name}: none of the {len(source)} images of {split} can "
-            f"be used{_named(skipped)}"
-        )
+    skipped = evaluation.skipped[split]
     entries = {
-        output: _Entry(np.array(rows, np.int64), values[output], tuple(skipped))
-        for output in outputs
+        output: _Entry(np.array(rows, np.int64), values[output], skipped) for output in outputs
     }
     for output, entry in entries.items():
         _write(_place(evaluation, network, split, output), entry)

@@ -99,6 +99,12 @@ class VocDataset(_Dataset):
     class_names: tuple[str, ...] | None = None  # None: the 20 of VOC
 
 
+class Cub200Dataset(_Dataset):
+    """CUB_200_2011 as it was published, with its images.txt and train_test_split.txt."""
+
+    kind: Literal["cub200"]
+
+
 class ListDataset(_Dataset):
     """Text lists of `relative/path.jpg 12` a line, as Places205's."""
 
@@ -123,6 +129,7 @@ DatasetSpec = Annotated[
     | TorchvisionDataset
     | TableDataset
     | VocDataset
+    | Cub200Dataset
     | ListDataset
     | ShardDataset,
     Field(discriminator="kind"),
@@ -214,6 +221,51 @@ class Voc07Settings(Section):
         return _each_once(self, "c")
 
 
+class _FineTuneSettings(Section):
+    """What both kinds of fine-tuning ask; the defaults are the authors', see trainer/README.md."""
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)]
+    batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
+    lr: Annotated[float, Field(gt=0, le=1000)]  # of the backbone
+    head_lr: Annotated[float, Field(gt=0, le=1000)]  # of the new linear layer
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    # epochs after which the rates fall; null: the authors', in their shares of all epochs
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability; 0 for digits, wafers with a side
+    # the same once more for an encoder with drawn weights: twice the time
+    untrained: bool = True
+    # what the released code does by mistake with the two rates
+    official_quirks: bool = False
+
+
+class SemiSupervisedSettings(_FineTuneSettings):
+    """The whole network fine-tuned on a few labels: the authors' semi_supervised.py."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.01  # of each class; the paper's 0.01 and 0.1
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 30
+    lr: Annotated[float, Field(gt=0, le=1000)] = 0.0012
+    head_lr: Annotated[float, Field(gt=0, le=1000)] = 0.06
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-5
+
+
+class TransferSettings(_FineTuneSettings):
+    """A pretrained network on another data set: the authors' fine_tune.py."""
+
+    linear: bool = False  # the new layer alone is trained
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 81
+    lr: Annotated[float, Field(gt=0, le=1000)] = 0.001
+    head_lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    # random_crop: the short side at 256/224 of the crop; resized_crop: 0.2 to 1 of the area.
+    # null: the authors', which is resized_crop for `cars` and random_crop for all others
+    crops: Literal["random_crop", "resized_crop"] | None = None
+    # share of each training class that chooses the best epoch, where the set has no validation
+    # split; 0: nothing is held out, and the last epoch alone is reported
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
 class _Job(Section):
     """What all jobs have."""
 
@@ -256,8 +308,22 @@ class Voc07Job(_Job):
     settings: Voc07Settings = Voc07Settings()
 
 
+class SemiSupervisedJob(_Job):
+    """`semi_supervised`: the whole network, a share of the labels."""
+
+    protocol: Literal["semi_supervised"]
+    settings: SemiSupervisedSettings = SemiSupervisedSettings()
+
+
+class TransferJob(_Job):
+    """`transfer`: the whole network or one layer, all labels of a target set."""
+
+    protocol: Literal["transfer"]
+    settings: TransferSettings = TransferSettings()
+
+
 # A further protocol adds its job here, and its function in trainer.evaluation.protocols.
-Job = KnnJob | LinearProbeJob | Voc07Job
+Job = KnnJob | LinearProbeJob | Voc07Job | SemiSupervisedJob | TransferJob
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="protocol")])
 
 
@@ -303,6 +369,7 @@ def _explain(problem: Any) -> str:
         "torchvision",
         "table",
         "voc",
+        "cub200",
         "list",
         "webdataset",
     }

@@ -75,6 +75,7 @@ class LabelledDataset:
         fingerprint: sha256 (hex) of the splits' images by name and size (or bytes), and labels.
         divided_by_seed: the set has no test split of its own.
         max_skipped: share of broken images that is left out.
+        published_as: torchvision's name of the set, None of other kinds.
     """
 
     name: str
@@ -84,6 +85,7 @@ class LabelledDataset:
     fingerprint: str
     divided_by_seed: bool
     max_skipped: float
+    published_as: str | None = None
 
     @property
     def train(self) -> LabelledSplit:

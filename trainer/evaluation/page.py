@@ -20,6 +20,7 @@ MAX_MATRIX = 20
 MAX_CONFUSIONS = 30
 MAX_CLASSES = 100  # rows of a per-class table; report.json has all
 MAX_SKIPPED = 100
+MAX_LISTED = 50  # of a list among the facts, such as the labelled images
 
 Report = Mapping[str, Any]
 METRIC_WORDS = {
@@ -216,6 +217,7 @@ def _facts(report: Report) -> str:
         name: report[name]
         for name in ("job_id", "model_id", "seed", "settings", "encoder", "facts")
     }
+    kept["facts"] = {name: _shortened(value) for name, value in report["facts"].items()}
     kept["dataset"] = {
         name: report["dataset"][name] for name in ("name", "kind", "fingerprint", "splits")
     }
@@ -225,6 +227,12 @@ def _facts(report: Report) -> str:
         f"{skipped}<h2>How it was made</h2>\n"
         f"<pre>{escape(json.dumps(kept, indent=1, ensure_ascii=False))}</pre>\n"
     )
+
+
+def _shortened(value: Any) -> Any:
+    if not isinstance(value, list) or len(value) <= MAX_LISTED:
+        return value
+    return [*value[:MAX_LISTED], f"and {len(value) - MAX_LISTED:,} more, see report.json"]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

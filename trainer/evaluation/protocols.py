@@ -7,10 +7,19 @@ have the bits that it had before.
 from typing import Any
 
 from trainer.evaluation.context import Evaluation, state_digest
-from trainer.evaluation.job import Job, KnnJob, LinearProbeJob, Voc07Job
+from trainer.evaluation.job import (
+    Job,
+    KnnJob,
+    LinearProbeJob,
+    SemiSupervisedJob,
+    TransferJob,
+    Voc07Job,
+)
 from trainer.evaluation.knn import knn
 from trainer.evaluation.linear_probe import linear_probe
 from trainer.evaluation.outcome import EvaluationError, Outcome
+from trainer.evaluation.semi_supervised import semi_supervised
+from trainer.evaluation.transfer import transfer
 from trainer.evaluation.voc07 import voc07_svm
 
 
@@ -41,4 +50,8 @@ def _run(evaluation: Evaluation, job: Job) -> Outcome:
         return linear_probe(evaluation, job.settings)
     if isinstance(job, Voc07Job):
         return voc07_svm(evaluation, job.settings)
+    if isinstance(job, SemiSupervisedJob):
+        return semi_supervised(evaluation, job.settings)
+    if isinstance(job, TransferJob):
+        return transfer(evaluation, job.settings)
     raise EvaluationError(f"there is no protocol {job.protocol!r} yet")

@@ -6,7 +6,7 @@ batch normalisation never left the first statistics (mean 0, variance 1), becaus
 was put into evaluation mode, and its last epoch was never scored.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,15 @@ from trainer.evaluation.outcome import EvaluationError
 AUTHORS_MILESTONES = (50 / 120, 80 / 120, 100 / 120)
 INITIAL_DEVIATION = 0.01  # of the weights, usual for linear probes; biases begin at 0
 SCORED_TOGETHER = 4096  # rows
+
+
+def falls_after(
+    given: Sequence[int] | None, shares: Sequence[float], epochs: int
+) -> tuple[int, ...]:
+    """Epochs after which the rate falls: as given, or at these shares of the epochs."""
+    if given is not None:
+        return tuple(given)
+    return tuple(max(1, round(share * epochs)) for share in shares)
 
 
 class HeadBatch(NamedTuple):
@@ -103,9 +112,7 @@ def train_heads(
     Raises:
         EvaluationError: a loss is not finite.
     """
-    milestones = settings.milestones
-    if milestones is None:
-        milestones = tuple(max(1, round(share * settings.epochs)) for share in AUTHORS_MILESTONES)
+    milestones = falls_after(settings.milestones, AUTHORS_MILESTONES, settings.epochs)
     # The released code scores before each epoch, so that its last epoch is never scored.
     epochs = settings.epochs - 1 if settings.official_quirks else settings.epochs
     optimiser = torch.optim.SGD(

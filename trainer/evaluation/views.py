@@ -4,7 +4,7 @@ In: a split, how its views are drawn. Out: batches of pixels on the device with 
 in an order and with draws that the seed alone decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.augment import apply_views, draw_views
+from trainer.augment import Views, apply_views, draw_views
 from trainer.config import AugmentConfig, DataConfig
+from trainer.datasets.source import STORED_PER_CROP
 from trainer.decoding import Survey, survey
 from trainer.evaluation.context import Evaluation
 from trainer.stock import CropStock
@@ -40,6 +41,35 @@ CROP_AND_FLIP = AugmentConfig(
 )
 
 
+# How views are drawn: from (B, 2) heights and widths, and a generator on the CPU.
+DrawViews = Callable[[Tensor, torch.Generator], Views]
+
+
+def resized_crops(scale_min: float, flip: float) -> DrawViews:
+    """RandomResizedCrop(scale_min, 1), then a flip with that probability."""
+    config = CROP_AND_FLIP.model_copy(update={"crop_scale_min": scale_min, "flip": flip})
+    return lambda sizes, generator: draw_views(config, sizes, generator)
+
+
+def random_crops(flip: float) -> DrawViews:
+    """The short side at 256/224 of a crop, a square crop anywhere, then a flip.
+
+    That is Resize(256), RandomCrop(224), scaled to the encoder's input. Both are one resampling
+    here, so that small images are not enlarged twice.
+    """
+    config = CROP_AND_FLIP.model_copy(update={"flip": flip})
+
+    def draw(sizes: Tensor, generator: torch.Generator) -> Views:
+        views = draw_views(config, sizes, generator)
+        places = torch.rand(len(sizes), 2, generator=generator, dtype=torch.float64)
+        height, width = sizes.double().unbind(1)
+        side = height.minimum(width) / STORED_PER_CROP
+        left, top = places[:, 0] * (width - side), places[:, 1] * (height - side)
+        return views._replace(boxes=torch.stack([left, top, side, side], dim=1))
+
+    return draw
+
+
 class ViewBatch(NamedTuple):
     """B augmented images."""
 
@@ -60,12 +90,13 @@ class TrainingViews:
         split: str,
         rows: NDArray[np.int64] | None = None,
         *,
-        augment: AugmentConfig = CROP_AND_FLIP,
+        draw: DrawViews | None = None,
     ) -> None:
         """Decode each image once.
 
         Args:
             rows: of the split; None: all.
+            draw: None: RandomResizedCrop(0.08, 1) and flips.
 
         Raises:
             DataError: more images are broken than the data set allows; names some.
@@ -93,10 +124,11 @@ class TrainingViews:
         found: Survey = survey(
             source.subset(asked), evaluation.pool, config, size_px=side, advance=advance
         )
-        evaluation.skipped[split] = found.skipped
+        evaluation.skip(split, found.skipped)
         seats = {name: row for row, name in enumerate(source.ids)}
         self.rows = np.array([seats[name] for name in found.source.ids], np.int64)
-        self._evaluation, self._augment, self._side = evaluation, augment, side
+        self._evaluation, self._side = evaluation, side
+        self._draw = draw or resized_crops(CROP_AND_FLIP.crop_scale_min, CROP_AND_FLIP.flip)
         self._stock = CropStock(
             found.source, found.stored, evaluation.pool, size_px=side, sizes=found.sizes
         )
@@ -112,6 +144,6 @@ class TrainingViews:
         batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(count)]
         device = self._evaluation.device
         for places, block in zip(batches, self._stock.batches(batches, device), strict=True):
-            views = draw_views(self._augment, block.sizes, generator)
+            views = self._draw(block.sizes, generator)
             pixels = apply_views(block.pixels, views, size_px=self._side)
             yield ViewBatch(pixels.contiguous(), places)
