@@ -34,6 +34,7 @@ from service.routes import (
     map,
     neighbours,
     openai,
+    page,
 )
 from service.routes.direct import AnswerDirectly
 from service.runtime import Runtime
@@ -120,6 +121,7 @@ def create_app(
         info,
         health,
         docs,
+        page,
     ):
         app.include_router(module.router)
         for route in module.router.routes:

@@ -26,6 +26,8 @@ POLICY: Mapping[tuple[str, str], Role] = {
     ("GET", "/readyz"): Role.OPEN,
     ("GET", "/health"): Role.OPEN,
     ("GET", "/metrics"): Role.OPEN,
+    ("GET", "/"): Role.OPEN,
+    ("GET", "/static/{version}/{name:path}"): Role.OPEN,
     ("GET", "/docs"): Role.OPEN,
     ("GET", "/openapi.json"): Role.OPEN,
     ("GET", "/v2/health/live"): Role.OPEN,

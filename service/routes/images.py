@@ -1,8 +1,9 @@
 """GET /images/{id}: the thumbnail that is kept with an item."""
 
 import hashlib
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from service.catch_up import PARAMETER
@@ -22,13 +23,21 @@ _CACHE = "private, no-cache"
     response_class=Response,
     responses={
         200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
+        204: {"description": "The item has no picture (`missing=empty`)."},
         304: {"description": "It is still the one that If-None-Match names."},
         **problems(404, 422, 429, 500, 503, 504),
     },
     openapi_extra=PARAMETER,
     summary="The thumbnail of an item",
 )
-async def get_image(request: Request, item_id: str) -> Response:
+async def get_image(
+    request: Request,
+    item_id: str,
+    missing: Annotated[
+        Literal["problem", "empty"],
+        Query(description="`empty`: 204 for an item without a picture, where it is no error."),
+    ] = "problem",
+) -> Response:
     """A WebP of at most 256 pixels. The id is the whole rest of the path, slashes included, plain
     or percent-encoded. Items that came as vectors have none.
     """
@@ -47,6 +56,8 @@ async def get_image(request: Request, item_id: str) -> Response:
             raise Problem(
                 "item_not_found", f"there is no item {item_id!r} in the gallery", id=item_id
             )
+        if missing == "empty":  # a browser writes every 404 to its console
+            return Response(status_code=204, headers={"Cache-Control": _CACHE})
         raise Problem(
             "picture_not_found",
             f"no picture is kept with item {item_id!r}: it came as a vector, or thumbnails = false",

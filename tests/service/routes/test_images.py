@@ -138,3 +138,12 @@ def test_picture__that_is_damaged_is_named_and_never_served(
     assert code(answer) == (500, "picture_damaged")
     assert named in answer.json()["detail"]
     assert service.client.get("/items/a").is_success
+
+
+def test_missing_picture__is_empty_for_whoever_asks_so(service: Any) -> None:
+    add_vector(service, "v")
+    answer = service.client.get("/images/v?missing=empty")
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert service.client.get("/images/v").status_code == 404
+    assert service.client.get("/images/nowhere?missing=empty").status_code == 404
+    assert service.client.get("/images/v?missing=x").status_code == 422
