@@ -6,13 +6,15 @@ In: pictures, vectors or ids. Out: numpy arrays and frozen dataclasses. Needs on
         vectors = service.embed(["cat.jpg", "dog.jpg"]).embeddings
 """
 
-from client.clients import AsyncClient, Client
+from client.awaitable import AsyncClient
+from client.blocking import Client
 from client.errors import (
     BadRequest,
     BodyTooLarge,
     ConnectionFailed,
     DeadlineExceeded,
     DecoderUnavailable,
+    FolderNotAdded,
     Forbidden,
     GalleryBehind,
     GalleryRetired,
@@ -21,6 +23,7 @@ from client.errors import (
     HeadersTooLarge,
     IdempotencyConflict,
     ImageRejected,
+    IncompatibleVersion,
     InternalError,
     InvalidField,
     InvalidRequest,
@@ -54,8 +57,10 @@ from client.errors import (
 )
 from client.models import (
     Added,
+    Dataset,
     Deleted,
     Embeddings,
+    Evaluation,
     Group,
     Grouping,
     GroupingMember,
@@ -80,10 +85,13 @@ __all__ = [
     "BodyTooLarge",
     "Client",
     "ConnectionFailed",
+    "Dataset",
     "DeadlineExceeded",
     "DecoderUnavailable",
     "Deleted",
     "Embeddings",
+    "Evaluation",
+    "FolderNotAdded",
     "Forbidden",
     "GalleryBehind",
     "GalleryRetired",
@@ -96,6 +104,7 @@ __all__ = [
     "HeadersTooLarge",
     "IdempotencyConflict",
     "ImageRejected",
+    "IncompatibleVersion",
     "Info",
     "InternalError",
     "InvalidField",

@@ -16,8 +16,10 @@ from client.errors import Rejected, UnexpectedAnswer
 from client.models import (
     Added,
     Array,
+    Dataset,
     Deleted,
     Embeddings,
+    Evaluation,
     Group,
     Grouping,
     GroupingMember,
@@ -59,7 +61,12 @@ def fields_of(answer: Answer) -> Json:
     """The members of a JSON object."""
     if 300 <= answer.status < 400:
         raise ValueError(f"redirected to {answer.headers.get('location')!r}: use that URL")
-    fields = json.loads(answer.body)
+    return json_object(answer.body)
+
+
+def json_object(text: str | bytes) -> Json:
+    """The members of a JSON object."""
+    fields = json.loads(text)
     if not isinstance(fields, dict):
         raise TypeError(f"got a JSON {type(fields).__name__}, wanted an object")
     return fields
@@ -121,6 +128,17 @@ def added(answer: Answer, *, offset: int) -> Added:
             )
             for entry in fields["rejected"]
         ),
+    )
+
+
+def added_together(parts: Sequence[Added]) -> Added:
+    """The parts of one add(); the version is the newest of them, in whatever order they came."""
+    return Added(
+        model=parts[-1].model,
+        gallery_version=max(part.gallery_version for part in parts),
+        added=sum(part.added for part in parts),
+        updated=sum(part.updated for part in parts),
+        rejected=tuple(rejected for part in parts for rejected in part.rejected),
     )
 
 
@@ -227,6 +245,19 @@ def info(fields: Json) -> Info:
         },
         versions=fields["versions"],
     )
+
+
+def dataset(fields: Json) -> Dataset:
+    """Read one labelled set."""
+    known: dict[str, Any] = {name: fields.get(name) for name in Dataset.__dataclass_fields__}
+    return Dataset(**known)
+
+
+def evaluation(fields: Json) -> Evaluation:
+    """Read one evaluation; a service may leave out what it does not know yet."""
+    known: dict[str, Any] = {name: fields.get(name) for name in Evaluation.__dataclass_fields__}
+    known |= {"id": str(fields["id"]), "status": str(fields["status"])}
+    return Evaluation(**known)
 
 
 def vector(values: Any) -> Array | None:

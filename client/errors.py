@@ -4,6 +4,8 @@
     ├── ConnectionFailed              no answer: refused, reset, name not found
     │   └── TimedOut                  no answer in timeout_s
     ├── UnexpectedAnswer              an answer that is not this API: wrong URL, a proxy, a version
+    ├── IncompatibleVersion           a service too old or too new for this client
+    ├── FolderNotAdded                add_folder() cannot begin: the journal says why
     └── ServiceError                  the service said no: status, code, detail, errors, ...
         ├── BadRequest            bad_request             the request cannot be read
         ├── Unauthenticated       unauthenticated         no API key, or one that is not known
@@ -67,6 +69,14 @@ class TimedOut(ConnectionFailed):
 
 class UnexpectedAnswer(InvpropError):
     """An answer that this version of the client cannot read."""
+
+
+class IncompatibleVersion(InvpropError):
+    """The service speaks another version of the API: both versions are named."""
+
+
+class FolderNotAdded(InvpropError):
+    """add_folder() did not begin: its journal is damaged, in use, or of another gallery."""
 
 
 @dataclass(frozen=True)

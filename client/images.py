@@ -1,7 +1,7 @@
 """Whatever the caller holds as a picture, as encoded bytes.
 
-In: a path, bytes, an open binary file, a PIL image or a uint8 array. Out: bytes of an image file.
-PIL and numpy are only looked at when the caller has imported them.
+In: a path, file:// URL, folder, bytes, an open binary file, a PIL image or a uint8 array.
+Out: bytes of an image file. PIL and numpy are only looked at when the caller has imported them.
 """
 
 import base64
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, TypeGuard
+
+from client.paths import FileInFolder, local_path, pictures_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +36,7 @@ def encode(image: "ImageInput") -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
-        return Path(image).read_bytes()
+        return local_path(image).read_bytes()
     if _is_pil(image):
         return _png(image)
     if _is_array(image):
@@ -52,29 +54,46 @@ def encode(image: "ImageInput") -> bytes:
 
 
 def each(images: "ImagesInput") -> Iterator["ImageInput"]:
-    """One by one: a single picture as one, an iterable as it comes."""
+    """One by one: a single picture as one, an iterable as it comes, a folder file by file.
+
+    Raises:
+        ValueError: an http(s) address, or a folder without pictures.
+    """
     if is_prepared(images):
         raise TypeError(
             f"an array of shape {images.shape} is a batch already prepared to the model's input, "
             "which only embed() takes: pass list(array) to have each one read as a picture"
         )
-    if (
-        isinstance(images, str | os.PathLike | bytes | bytearray | memoryview)
+    if isinstance(images, str | os.PathLike):
+        path = local_path(images)
+        if path.is_dir():
+            yield from pictures_in(path)
+        else:
+            yield images
+    elif (
+        isinstance(images, bytes | bytearray | memoryview)
         or _is_pil(images)
         or _is_array(images)
         or hasattr(images, "read")
     ):
         yield images  # type: ignore[misc]
     elif isinstance(images, Iterable):
-        yield from images
+        for image in images:
+            if isinstance(image, str | os.PathLike) and local_path(image).is_dir():
+                yield from pictures_in(local_path(image))
+            else:
+                yield image
     else:
         yield images  # encode() says what is wrong with it
 
 
 def file_name(image: "ImageInput") -> str | None:
-    """The name of the picture's file, its id where the caller gives none; None without a file."""
+    """The picture's id where the caller gives none: the name of its file, or its path from the
+    folder that was given; None without a file."""
+    if isinstance(image, FileInFolder):
+        return image.id
     if isinstance(image, str | os.PathLike):
-        return Path(image).name
+        return local_path(image).name
     name = getattr(image, "name", None)
     return Path(name).name if isinstance(name, str) else None
 

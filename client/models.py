@@ -6,9 +6,13 @@ Arrays are numpy arrays where numpy is installed, else lists.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from client import tables
 from client.errors import Rejected
+
+if TYPE_CHECKING:
+    from client.tables import DataFrame
 
 Json = Mapping[str, Any]
 Array = Any  # numpy.ndarray, or a list of lists of floats without numpy
@@ -23,6 +27,13 @@ class Embeddings:
     dim: int
     embeddings: Array  # (n, dim) float32 in input order; NaN rows (None without numpy): rejected
     errors: tuple[Rejected, ...] = ()  # only with on_error="skip"
+
+    def to_pandas(self) -> "DataFrame":
+        """One row per picture, one column per dimension."""
+        rows = self.embeddings
+        if isinstance(rows, list):
+            rows = [[float("nan")] * self.dim if row is None else row for row in rows]
+        return tables.matrix(rows, dim=self.dim)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,20 @@ class Neighbours:
     exact: bool  # False: an approximate index answered
     results: tuple[tuple[Neighbour, ...], ...]  # one tuple per query, best first
 
+    def to_pandas(self) -> "DataFrame":
+        """One row per neighbour: query (its place, from 0), rank (from 0), id, similarity,
+        metadata."""
+        found = [(q, r, n) for q, row in enumerate(self.results) for r, n in enumerate(row)]
+        return tables.frame(
+            {
+                "query": [query for query, _, _ in found],
+                "rank": [rank for _, rank, _ in found],
+                "id": [neighbour.id for _, _, neighbour in found],
+                "similarity": [neighbour.similarity for _, _, neighbour in found],
+                "metadata": [neighbour.metadata for _, _, neighbour in found],
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Member:
@@ -110,6 +135,19 @@ class Groups:
     model: str
     gallery_version: int
     results: tuple[Group, ...]  # one per anchor
+
+    def to_pandas(self) -> "DataFrame":
+        """One row per member: anchor (its place, from 0), id, step, via, similarity."""
+        found = [(a, m) for a, group in enumerate(self.results) for m in group.members]
+        return tables.frame(
+            {
+                "anchor": [anchor for anchor, _ in found],
+                "id": [member.id for _, member in found],
+                "step": [member.step for _, member in found],
+                "via": [member.via for _, member in found],
+                "similarity": [member.similarity for _, member in found],
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -165,6 +203,16 @@ class Map:
     ids: tuple[str, ...]  # of the sample
     coordinates: Array  # (n, 2)
 
+    def to_pandas(self) -> "DataFrame":
+        """One row per item of the sample: id, x, y."""
+        return tables.frame(
+            {
+                "id": self.ids,
+                "x": [place[0] for place in self.coordinates],
+                "y": [place[1] for place in self.coordinates],
+            }
+        )
+
 
 @dataclass(frozen=True)
 class PendingMap:
@@ -174,6 +222,40 @@ class PendingMap:
     gallery_version: int
     method: str
     state: str  # "computing"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled set that the operator registered, for evaluations."""
+
+    name: str
+    kind: str
+    classes: Any
+    counts: Any
+
+
+# What an evaluation does not leave any more.
+ENDED = frozenset({"succeeded", "failed", "cancelled", "lost"})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, as it was when it was asked for."""
+
+    id: str
+    status: str  # "queued", "running", "succeeded", "failed", "cancelled" or "lost"
+    progress: Json | None = None  # stage, done, total
+    attempts: int | None = None
+    created_at: Any = None
+    started_at: Any = None
+    finished_at: Any = None
+    report: Json | None = None  # once it has succeeded
+    error: Any = None  # once it has failed
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.status in ENDED
 
 
 @dataclass(frozen=True)

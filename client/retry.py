@@ -5,7 +5,7 @@ effect, to try or to wait. No socket and no clock of its own: both clients run t
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -69,7 +69,19 @@ class Wait(NamedTuple):
     seconds: float
 
 
-Steps = Generator[Attempt | Wait, Answer | None, Result]
+class Together(NamedTuple):
+    """Effect: run the steps that the parts make, up to `at_once` at a time; send None back when
+    all have ended, or throw what the first of them (in their order) failed with.
+
+    Parts are drawn one by one, in order, when there is room. Each keeps its own result. A part that
+    fails because the service is busy is made and run again with fewer beside it.
+    """
+
+    parts: "Iterator[Callable[[], Steps[None]]]"
+    at_once: int
+
+
+Steps = Generator[Attempt | Wait | Together, Answer | None, Result]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,26 @@
 """The only module that knows the HTTP library. In: an attempt to send. Out: its answer, or the
-library's exceptions as ConnectionFailed. `run` and `run_async` drive the steps of client.retry.
+library's exceptions as ConnectionFailed. `run` drives the steps of client.retry, blocking or not.
 """
 
 import asyncio
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import httpx2
 
-from client.errors import ConnectionFailed, InvpropError, TimedOut, UnexpectedAnswer
-from client.retry import Answer, Attempt, Clock, Steps, Wait
+from client.errors import ConnectionFailed, InvpropError, TimedOut, UnexpectedAnswer, problem
+from client.parallel import Parallel, Part, Stopped
+from client.retry import Answer, Attempt, Clock, Steps, Together, Wait
 
 Transport: TypeAlias = httpx2.BaseTransport
 AsyncTransport: TypeAlias = httpx2.AsyncBaseTransport
 
 Result = TypeVar("Result")
+Outcome: TypeAlias = Answer | BaseException | None
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,76 @@ class Connection:
         )
         self._clock = clock
 
-    def run(self, steps: Steps[Result]) -> Result:
-        """Do what the steps ask for until they end."""
+    def run(self, steps: Steps[Result], *, stop: threading.Event | None = None) -> Result:
+        """Do what the steps ask for until they end.
+
+        Args:
+            stop: set when the result is not wanted any more; looked at between two effects.
+        """
         effect = _advance(steps, None)
         while not isinstance(effect, _Done):
-            outcome: Answer | InvpropError | None = None
+            if stop is not None and stop.is_set():
+                steps.close()
+                raise Stopped
+            outcome: Outcome = None
             if isinstance(effect, Wait):
                 self._clock.sleep(effect.seconds)
+            elif isinstance(effect, Together):
+                outcome = self._together(effect)
             else:
                 outcome = self._send(effect)
             effect = _advance(steps, outcome)
         return effect.result
 
-    def _send(self, attempt: Attempt) -> Answer | InvpropError:
+    def events(self, attempt: Attempt) -> Iterator[str]:
+        """The data of server-sent events as they come, until the service ends the stream."""
+        with _failing_as_ours(attempt), self._http.sse(**_arguments(attempt)) as source:
+            if source.response.status_code >= 400:
+                source.response.read()
+            _check_stream(source.response, self._clock)
+            for event in source:
+                yield event.data
+
+    def _together(self, together: Together) -> BaseException | None:
+        """Run the parts, each on a thread of its own; the failure of the first one that failed."""
+        parts, ends = Parallel(together), queue.SimpleQueue[tuple[Part, BaseException | None]]()
+        stop = threading.Event()
+
+        def work(part: Part) -> None:
+            try:
+                self.run(part.make(), stop=stop)
+            except BaseException as error:  # noqa: BLE001 - a thread's door: raised by the caller
+                ends.put((part, error))
+            else:
+                ends.put((part, None))
+
+        def start(part: Part) -> None:
+            if together.at_once == 1:
+                work(part)
+            else:  # a daemon, so that Ctrl-C does not wait for answers
+                threading.Thread(target=work, args=(part,), daemon=True).start()
+
+        try:
+            first, second = parts.draw(), parts.draw()
+            if first is not None and second is None:
+                work(first)  # nothing to do beside it: no thread
+            else:
+                for part in filter(None, (first, second)):
+                    start(part)
+            while True:
+                while (following := parts.draw()) is not None:
+                    start(following)
+                if not parts.flying:
+                    break
+                parts.ended(*ends.get())
+                if parts.failure is not None:
+                    stop.set()
+        except BaseException:
+            stop.set()
+            raise
+        return parts.failure
+
+    def _send(self, attempt: Attempt) -> Outcome:
         try:
             return _answer(self._http.request(**_arguments(attempt)))
         except httpx2.RequestError as error:
@@ -79,15 +141,49 @@ class AsyncConnection:
         """Do what the steps ask for until they end."""
         effect = await asyncio.to_thread(_advance, steps, None)
         while not isinstance(effect, _Done):
-            outcome: Answer | InvpropError | None = None
+            outcome: Outcome = None
             if isinstance(effect, Wait):
                 await self._clock.sleep_async(effect.seconds)
+            elif isinstance(effect, Together):
+                outcome = await self._together(effect)
             else:
                 outcome = await self._send(effect)
             effect = await asyncio.to_thread(_advance, steps, outcome)
         return effect.result
 
-    async def _send(self, attempt: Attempt) -> Answer | InvpropError:
+    async def events(self, attempt: Attempt) -> AsyncIterator[str]:
+        """The data of server-sent events as they come, until the service ends the stream."""
+        with _failing_as_ours(attempt):
+            async with self._http.sse(**_arguments(attempt)) as source:
+                if source.response.status_code >= 400:
+                    await source.response.aread()
+                _check_stream(source.response, self._clock)
+                async for event in source:
+                    yield event.data
+
+    async def _together(self, together: Together) -> BaseException | None:
+        """Run the parts, each as a task; the failure of the first one that failed."""
+        parts = Parallel(together)
+        tasks: dict[asyncio.Task[None], Part] = {}
+        try:
+            while True:
+                while (part := await asyncio.to_thread(parts.draw)) is not None:
+                    tasks[asyncio.create_task(self.run(part.make()))] = part
+                if not tasks:
+                    return parts.failure
+                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    part = tasks.pop(task)
+                    parts.ended(part, Stopped() if task.cancelled() else task.exception())
+                if parts.failure is not None:
+                    for task in tasks:
+                        task.cancel()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self, attempt: Attempt) -> Outcome:
         try:
             return _answer(await self._http.request(**_arguments(attempt)))
         except httpx2.RequestError as error:
@@ -112,12 +208,10 @@ def checked_url(base_url: str) -> str:
     return base_url
 
 
-def _advance(
-    steps: Steps[Result], outcome: Answer | InvpropError | None
-) -> Attempt | Wait | _Done[Result]:
+def _advance(steps: Steps[Result], outcome: Outcome) -> Attempt | Wait | Together | _Done[Result]:
     """Run the steps up to their next effect."""
     try:
-        if isinstance(outcome, InvpropError):
+        if isinstance(outcome, BaseException):
             return steps.throw(outcome)
         return steps.send(outcome)
     except StopIteration as stop:
@@ -139,6 +233,26 @@ def _arguments(attempt: Attempt) -> dict[str, Any]:
 def _answer(response: httpx2.Response) -> Answer:
     headers = {name.lower(): value for name, value in response.headers.items()}
     return Answer(response.status_code, headers, response.content)
+
+
+def _check_stream(response: httpx2.Response, clock: Clock) -> None:
+    """Raise what the service answers instead of a stream; an error's body has been read."""
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    if response.status_code >= 400:
+        raise problem(response.status_code, headers, response.content, now=clock.now())
+    if not headers.get("content-type", "").startswith("text/event-stream"):
+        raise UnexpectedAnswer(
+            f"wanted server-sent events from {response.request.url}, got "
+            f"{headers.get('content-type')!r}: is the URL right?"
+        )
+
+
+@contextmanager
+def _failing_as_ours(attempt: Attempt) -> Iterator[None]:
+    try:
+        yield
+    except httpx2.RequestError as error:
+        raise _failure(error, attempt) from error
 
 
 def _failure(error: httpx2.RequestError, attempt: Attempt) -> InvpropError:

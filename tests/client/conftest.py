@@ -11,6 +11,7 @@ import pytest
 
 from client import AsyncClient, Client
 from client.retry import Clock
+from client.version import VERSION
 
 LIMITS = {
     "max_body_bytes": 10_000_000,
@@ -53,6 +54,7 @@ class FakeService:
     def __init__(self) -> None:
         self.requests: list[httpx2.Request] = []
         self.limits = dict(LIMITS)
+        self.versions = {"invprop": VERSION}
         self.time = FakeTime()
         self._handlers: dict[tuple[str, str], Handler] = {("GET", "/info"): self._info}
 
@@ -94,7 +96,7 @@ class FakeService:
                 "search": {"index": "flat"},
                 "gallery": {"items": 5},
                 "limits": limits,
-                "versions": {"invprop": "0.1.0"},
+                "versions": dict(self.versions),
             },
         )
 
@@ -102,11 +104,13 @@ class FakeService:
 class Waited:
     """An AsyncClient whose every call is waited for, so that one test serves both clients."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: Any) -> None:  # AsyncClient or its evaluations
         self._client = client
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
+        if name == "evaluations":
+            return Waited(method)
 
         def call(*args: Any, **options: Any) -> Any:
             result = method(*args, **options)
@@ -132,7 +136,11 @@ def connect(request: pytest.FixtureRequest, fake: FakeService) -> Iterator[Calla
     clients: list[Any] = []
 
     def make(base_url: str = "http://fake", **options: Any) -> Any:
-        options = {"clock": fake.time.clock(), "transport": httpx2.MockTransport(fake)} | options
+        options = {
+            "clock": fake.time.clock(),
+            "transport": httpx2.MockTransport(fake),
+            "concurrency": 1,  # so that requests come in the order of the call
+        } | options
         made: Any = Client(base_url, **options)
         if request.param == "async":
             made = Waited(AsyncClient(base_url, **options))

@@ -147,7 +147,7 @@ def test_embed__without_numpy_lists_come_back(
     fake: Any, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("client.answers.numpy_is_there", lambda: False)
-    monkeypatch.setattr("client.routes.numpy_is_there", lambda: False)
+    monkeypatch.setattr("client.asking.numpy_is_there", lambda: False)
     fake.limits["max_images"] = 2
     fake.on("POST", "/embed", skip_x)
     found = service.embed([b"1", b"2", b"3"])
@@ -245,7 +245,9 @@ def test_add__a_failure_half_way_tells_how_far_it_came(fake: Any, service: Any) 
     fake.on("POST", "/items", handler)
     with pytest.raises(Exception, match="507") as raised:
         service.add(vectors=[[1], [2], [3]], ids=["a", "b", "c"])
-    assert raised.value.__notes__ == ["the first 2 items of this add() were answered before that"]
+    assert raised.value.__notes__ == [
+        "2 items of this add() were answered before that; it may be repeated as it is"
+    ]
 
 
 def test_add__nothing(service: Any) -> None:
@@ -316,6 +318,16 @@ def test_item__that_is_not_there(fake: Any, service: Any) -> None:
     fake.on("GET", "/items/a", httpx2.Response(404, json={"code": "item_not_found", "detail": "a"}))
     with pytest.raises(ItemNotFound):
         service.item("a")
+
+
+def test_image__is_the_thumbnail(fake: Any, service: Any) -> None:
+    webp = httpx2.Response(200, headers={"Content-Type": "image/webp"}, content=b"RIFF")
+    fake.on("GET", "/images/a/b", webp)
+    assert service.image("a/b") == b"RIFF"
+    assert fake.requests[-1].url.raw_path == b"/images/a%2Fb"
+    fake.on("GET", "/images/a/b", httpx2.Response(200, text="<html>"))
+    with pytest.raises(UnexpectedAnswer, match="wanted an image"):
+        service.image("a/b")
 
 
 def test_delete__one(fake: Any, service: Any) -> None:

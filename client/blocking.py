@@ -1,15 +1,20 @@
-"""Client and AsyncClient: the methods a caller sees. What they send and how they read the answer is
-in client.routes; here is only the running of it, blocking or not.
+"""Client: the methods a caller sees, blocking. What they send and how they read the answer is in
+client.calls; here is only the running of it. Longer than other files because it is a list of
+signatures.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from client.calls import Calls, headers_of
+from client.errors import ConnectionFailed, ServiceError
 from client.models import (
     Added,
+    Dataset,
     Deleted,
     Embeddings,
+    Evaluation,
     Grouping,
     GroupingMember,
     Groups,
@@ -23,8 +28,8 @@ from client.models import (
     Readiness,
 )
 from client.retry import SYSTEM_CLOCK, Clock, RetryPolicy
-from client.routes import Calls, Filter, Include, OnError, Order, Output
-from client.transport import AsyncConnection, AsyncTransport, Connection, Transport
+from client.routes import Filter, Include, OnError, Order, Output, Protocol
+from client.transport import Connection, Transport
 
 if TYPE_CHECKING:
     from client.images import ImagesInput
@@ -42,12 +47,15 @@ class Client:
             All attempts and waits of one request together take at most timeout_s * (max_retries +
             1), 2 minutes by default. What writes carries an Idempotency-Key, so that a repetition
             changes nothing.
+        concurrency: requests on their way at once in one call that is sent in parts; they come back
+            in order, and take at most about (concurrency + 1) * 16 MiB of memory. 1 sends one
+            after the other, as large as the service takes them, in the order of the call.
         transport: another way to send, for tests: an httpx2 transport.
         clock: time and dice, for tests.
 
-    Pictures may be paths, bytes, open binary files, PIL images or uint8 arrays (H, W) or (H, W, 3),
-    one or an iterable of them. What is larger than the service's limits (see `info`) is sent in
-    parts and comes back in order. Errors: client.errors.
+    Pictures may be paths, file:// URLs, folders, bytes, open binary files, PIL images or uint8
+    arrays (H, W) or (H, W, 3), one or an iterable of them. What is larger than the service's limits
+    (see `info`) is sent in parts and comes back in order. Errors: client.errors.
     """
 
     def __init__(
@@ -57,11 +65,13 @@ class Client:
         api_key: str | None = None,
         timeout_s: float = 30.0,
         max_retries: int = 3,
+        concurrency: int = 4,
         transport: Transport | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._calls = Calls(RetryPolicy(timeout_s, max_retries, clock))
-        self._connection = Connection(base_url, _headers(api_key), transport, clock)
+        self._calls = Calls(RetryPolicy(timeout_s, max_retries, clock), concurrency=concurrency)
+        self._connection = Connection(base_url, headers_of(api_key), transport, clock)
+        self.evaluations = Evaluations(self._calls, self._connection)
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +162,11 @@ class Client:
     def item(self, id: str, *, include_vector: bool = False) -> Item:
         """One item; ItemNotFound when there is none."""
         return self._connection.run(self._calls.item(id, include_vector=include_vector))
+
+    def image(self, id: str) -> bytes:
+        """The thumbnail of an item, a WebP of at most 256 pixels; PictureNotFound where the item
+        came as a vector."""
+        return self._connection.run(self._calls.image(id))
 
     def delete(self, id: str) -> Deleted:
         """Delete one item. ItemNotFound when there is none (any more: a retry may find that the
@@ -263,194 +278,74 @@ class Client:
         it is, a PendingMap comes, whose gallery_version is the `version` to ask for again."""
         return self._connection.run(self._calls.map(method=method, sample=sample, version=version))
 
+    def datasets(self) -> tuple[Dataset, ...]:
+        """The labelled sets that evaluations can run on."""
+        return self._connection.run(self._calls.datasets())
 
-class AsyncClient:
-    """The same as Client for asyncio: methods are awaited, `items` is for `async for`.
 
-    Pictures are read and encoded in a thread, so that the event loop stays free.
-    """
+class Evaluations:
+    """Evaluations on demand: Client.evaluations."""
 
-    def __init__(
+    def __init__(self, calls: Calls, connection: Connection) -> None:
+        self._calls, self._connection = calls, connection
+
+    def submit(
         self,
-        base_url: str,
+        protocol: Protocol,
+        dataset: str,
         *,
-        api_key: str | None = None,
-        timeout_s: float = 30.0,
-        max_retries: int = 3,
-        transport: AsyncTransport | None = None,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
-        self._calls = Calls(RetryPolicy(timeout_s, max_retries, clock))
-        self._connection = AsyncConnection(base_url, _headers(api_key), transport, clock)
+        settings: Json | None = None,
+        seed: int = 0,
+        idempotency_key: str | None = None,
+    ) -> Evaluation:
+        """Have an evaluation run in the background.
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """See Client.close."""
-        await self._connection.close()
-
-    async def live(self) -> bool:
-        """See Client.live."""
-        return await self._connection.run(self._calls.live())
-
-    async def ready(self) -> Readiness:
-        """See Client.ready."""
-        return await self._connection.run(self._calls.ready())
-
-    async def info(self) -> Info:
-        """See Client.info."""
-        return await self._connection.run(self._calls.info())
-
-    async def embed(
-        self, images: "ImagesInput", *, output: Output = "embedding", on_error: OnError = "raise"
-    ) -> Embeddings:
-        """See Client.embed."""
-        return await self._connection.run(
-            self._calls.embed(images, output=output, on_error=on_error)
+        Args:
+            dataset: the name of one of Client.datasets().
+            settings: of the protocol; what is left out has its default.
+            idempotency_key: submitting again under the same key gives the same evaluation; without
+                it each submit() is one of its own, whose attempts share a key.
+        """
+        return self._connection.run(
+            self._calls.submit(protocol, dataset, settings=settings, seed=seed, key=idempotency_key)
         )
 
-    async def add(
-        self,
-        images: "ImagesInput | None" = None,
-        *,
-        vectors: Any = None,
-        ids: str | Iterable[str] | None = None,
-        metadata: Json | Iterable[Json | None] | None = None,
-        model: str | None = None,
-    ) -> Added:
-        """See Client.add."""
-        return await self._connection.run(
-            self._calls.add(images=images, vectors=vectors, ids=ids, metadata=metadata, model=model)
-        )
+    def get(self, id: str) -> Evaluation:
+        """One evaluation as it is now."""
+        return self._connection.run(self._calls.evaluation(id))
 
-    async def items(
-        self, *, filter: Filter | None = None, page_size: int | None = None
-    ) -> AsyncIterator[Item]:
-        """See Client.items."""
+    def list(self, *, status: str | None = None) -> Iterator[Evaluation]:
+        """Iterate over the evaluations, the newest first; or over those of one status."""
         cursor: str | None = None
         while True:
-            page = await self._connection.run(
-                self._calls.page(filter=filter, page_size=page_size, cursor=cursor)
-            )
-            for item in page.items:
-                yield item
+            page = self._connection.run(self._calls.evaluations(status=status, cursor=cursor))
+            yield from page.items
             if page.next is None:
                 return
             cursor = page.next
 
-    async def item(self, id: str, *, include_vector: bool = False) -> Item:
-        """See Client.item."""
-        return await self._connection.run(self._calls.item(id, include_vector=include_vector))
+    def cancel(self, id: str) -> Evaluation:
+        """End one that is queued or running; it has ended within 10 seconds."""
+        return self._connection.run(self._calls.cancel(id))
 
-    async def delete(self, id: str) -> Deleted:
-        """See Client.delete."""
-        return await self._connection.run(self._calls.delete(id))
+    def wait(self, id: str, *, timeout_s: float | None = None) -> Evaluation:
+        """Ask until it has ended, in whatever way: its `status` says which.
 
-    async def delete_items(self, ids: Iterable[str]) -> Deleted:
-        """See Client.delete_items."""
-        return await self._connection.run(self._calls.delete_items(ids))
+        Raises:
+            TimedOut: it goes on after timeout_s.
+        """
+        return self._connection.run(self._calls.wait(id, timeout_s=timeout_s))
 
-    async def neighbours(
-        self,
-        *,
-        images: "ImagesInput | None" = None,
-        vectors: Any = None,
-        ids: str | Iterable[str] | None = None,
-        k: int = 10,
-        filter: Filter | None = None,
-        exact: bool | None = None,
-        include: Sequence[Include] = (),
-    ) -> Neighbours:
-        """See Client.neighbours."""
-        return await self._connection.run(
-            self._calls.neighbours(
-                images=images,
-                vectors=vectors,
-                ids=ids,
-                k=k,
-                filter=filter,
-                exact=exact,
-                include=include,
-            )
-        )
-
-    async def groups(
-        self,
-        *,
-        ids: str | Iterable[str] | None = None,
-        images: "ImagesInput | None" = None,
-        vectors: Any = None,
-        k: int = 4,
-        steps: int = 3,
-        order: Order = "nearest",
-        limit: int = 200,
-    ) -> Groups:
-        """See Client.groups."""
-        return await self._connection.run(
-            self._calls.groups(
-                ids=ids, images=images, vectors=vectors, k=k, steps=steps, order=order, limit=limit
-            )
-        )
-
-    async def start_grouping(self, *, k: int = 4, steps: int = 3, min_size: int = 3) -> Grouping:
-        """See Client.start_grouping."""
-        return await self._connection.run(
-            self._calls.start_grouping(k=k, steps=steps, min_size=min_size)
-        )
-
-    async def groupings(self) -> tuple[Grouping, ...]:
-        """See Client.groupings."""
-        return await self._connection.run(self._calls.groupings())
-
-    async def grouping(self, id: str) -> Grouping:
-        """See Client.grouping."""
-        return await self._connection.run(self._calls.grouping(id))
-
-    async def grouping_groups(self, id: str) -> AsyncIterator[ListedGroup]:
-        """See Client.grouping_groups."""
-        cursor: str | None = None
-        while True:
-            page, cursor = await self._connection.run(
-                self._calls.grouping_groups(id, cursor=cursor)
-            )
-            for entry in page:
-                yield entry
-            if cursor is None:
-                return
-
-    async def grouping_members(self, id: str, group: int) -> AsyncIterator[GroupingMember]:
-        """See Client.grouping_members."""
-        cursor: str | None = None
-        while True:
-            page, cursor = await self._connection.run(
-                self._calls.grouping_members(id, group, cursor=cursor)
-            )
-            for entry in page:
-                yield entry
-            if cursor is None:
-                return
-
-    async def map(
-        self,
-        method: Literal["pca", "umap"] = "pca",
-        *,
-        sample: int | None = None,
-        version: int | None = None,
-    ) -> Map | PendingMap:
-        """See Client.map."""
-        return await self._connection.run(
-            self._calls.map(method=method, sample=sample, version=version)
-        )
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    def events(self, id: str) -> Iterator[Evaluation]:
+        """The evaluation each time it changes, until it has ended; a stream that breaks is taken
+        up again."""
+        watch = self._calls.watch(id)
+        while not watch.ended:
+            failure: ConnectionFailed | ServiceError | None = None
+            try:
+                for data in self._connection.events(watch.attempt):
+                    yield watch.read(data)
+            except (ConnectionFailed, ServiceError) as error:
+                failure = error
+            if not watch.ended:
+                self._connection.run(watch.broken(failure))

@@ -1,0 +1,17 @@
+"""All routes of the service in one class. In: what Client and AsyncClient pass on. Out: the steps
+that they run.
+"""
+
+from client.asking import Asking
+from client.evaluations import EvaluationCalls
+from client.gallery import Gallery
+from client.groupings import Groupings
+
+
+class Calls(Asking, Gallery, Groupings, EvaluationCalls):
+    """One method per route. The methods return steps, see client.retry."""
+
+
+def headers_of(api_key: str | None) -> dict[str, str]:
+    """What every request carries."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
