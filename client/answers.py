@@ -250,6 +250,8 @@ def info(fields: Json) -> Info:
 def dataset(fields: Json) -> Dataset:
     """Read one labelled set."""
     known: dict[str, Any] = {name: fields.get(name) for name in Dataset.__dataclass_fields__}
+    names = fields.get("class_names")
+    known["class_names"] = None if names is None else tuple(map(str, names))
     return Dataset(**known)
 
 

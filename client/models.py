@@ -230,8 +230,14 @@ class Dataset:
 
     name: str
     kind: str
-    classes: Any
-    counts: Any
+    classes: int | None  # None, as most of what follows, until it was counted
+    counts: Mapping[str, int] | None  # images of each split
+    state: str | None = None  # "counting", "ready" or "failed"
+    task: str | None = None  # "single_label" or "multi_label"
+    class_names: tuple[str, ...] | None = None  # the first 1,000
+    divided_by_seed: bool | None = None  # it has no test split of its own
+    fingerprint: str | None = None
+    problem: str | None = None  # why it cannot be evaluated on, where failed
 
 
 # What an evaluation does not leave any more.

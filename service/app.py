@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from service.admission import Admit
 from service.auth import Authorise
+from service.datasets import open_registry
 from service.embedder import Embedder
 from service.errors import install_handlers
 from service.gallery.protocol import Gallery
@@ -22,6 +23,7 @@ from service.observability import ObserveRequests
 from service.openapi import describe_admission
 from service.policy import Policy
 from service.routes import (
+    datasets,
     docs,
     embed,
     groupings,
@@ -80,12 +82,19 @@ def create_app(
 
     Raises:
         KeysError: the API keys cannot be read.
+        RegistryError: the file of data sets cannot be read.
     """
     del jobs  # typed None: there is nothing yet to pass
     if settings is None:
         settings = Settings()  # type: ignore[call-arg]  # the environment gives the rest
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
-    runtime = Runtime(settings, embedder=embedder, gallery=gallery, keys=keys)
+    runtime = Runtime(
+        settings,
+        embedder=embedder,
+        gallery=gallery,
+        keys=keys,
+        datasets=open_registry(settings.datasets),
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -116,6 +125,7 @@ def create_app(
         groups,
         groupings,
         map,
+        datasets,
         openai,
         inference,
         info,

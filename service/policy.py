@@ -52,6 +52,7 @@ POLICY: Mapping[tuple[str, str], Role] = {
     ("GET", "/groupings/{grouping}/groups"): Role.READ,
     ("GET", "/groupings/{grouping}/groups/{group}"): Role.READ,
     ("GET", "/map"): Role.READ,
+    ("GET", "/datasets"): Role.READ,
     ("GET", "/items"): Role.READ,
     ("POST", "/items"): Role.WRITE,
     ("POST", "/items/delete"): Role.WRITE,

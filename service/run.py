@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from service.app import create_app
+from service.datasets import RegistryError
 from service.keys import KeysError
 from service.observability import configure_logging
 from service.protocol import BoundedConfig, Connections
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with listener:
         try:
             app = create_app(settings)
-        except KeysError as error:
+        except (KeysError, RegistryError) as error:
             return _fail(error)
         server = Server(app, settings, listener)
         # uvicorn's own choice: uvloop, which asyncio.run alone would leave unused.

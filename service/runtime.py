@@ -21,6 +21,8 @@ from service.admission import Rates
 from service.batching import BoundedThreads, QueueFull
 from service.beside import Beside
 from service.catch_up import CatchUp, min_version_of
+from service.dataset_counts import counting
+from service.datasets import Registry
 from service.deadline import Deadline
 from service.decode import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError
@@ -69,9 +71,12 @@ class Runtime:
         embedder: Embedder | None,
         gallery: Gallery | None,
         keys: ApiKeys,
+        datasets: Registry,
     ) -> None:
         self.settings = settings
         self.keys = keys
+        self.datasets = datasets
+        self.dataset_counts = counting(settings)
         self.rates = Rates(settings)
         self.metrics = Metrics()
         self.draining = False
@@ -199,6 +204,7 @@ class Runtime:
         faiss.omp_set_num_threads(1)  # of this thread, which does the shortest searches itself
         loading = asyncio.create_task(self._load())
         watching = asyncio.create_task(watch_event_loop(self.metrics))
+        self.dataset_counts.start(self.datasets.all())
         try:
             yield
         finally:
@@ -408,6 +414,7 @@ class Runtime:
         await asyncio.gather(*self._retiring.values())
         if self._images is not None:
             await self._images.close()
+        await asyncio.to_thread(self.dataset_counts.close)
         await asyncio.to_thread(self._compute.close)
         for beside in self._beside.values():
             await asyncio.to_thread(beside.close)

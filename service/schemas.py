@@ -269,6 +269,39 @@ class GroupingList(BaseModel):
     next: str | None = Field(description="Always null: they are few.")
 
 
+class DatasetAnswer(BaseModel):
+    """A labelled data set that the operator registered."""
+
+    name: str = Field(description="What an evaluation names it by.")
+    kind: str
+    state: Literal["counting", "ready", "failed"] = Field(
+        description="`counting`: it is being opened in the background; ask again."
+    )
+    task: Literal["single_label", "multi_label"] | None = Field(
+        description="Whether its images have one class each, or several. Null unless ready."
+    )
+    classes: int | None = Field(description="Their number. Null unless ready.")
+    class_names: list[str] | None = Field(description="The first 1,000.")
+    counts: dict[str, int] | None = Field(
+        description="Images of each split: train, test, perhaps validation. Null unless ready."
+    )
+    divided_by_seed: bool | None = Field(
+        description="It has no test split of its own: an evaluation's seed divides it."
+    )
+    fingerprint: str | None = Field(description="sha256 of what it holds, as reports name it.")
+    problem: str | None = Field(description="Why it cannot be evaluated on, where failed.")
+
+
+class DatasetList(BaseModel):
+    """The registered data sets, by name."""
+
+    items: list[DatasetAnswer]
+    problem: str | None = Field(
+        description="Why the last change of the file was not taken over; null where it was."
+    )
+    next: str | None = Field(description="Always null: they are few.")
+
+
 class GroupingMember(BaseModel):
     """One member of a group."""
 

@@ -234,6 +234,23 @@ class Settings(BaseSettings):
         default=4096 * MIB, ge=512 * MIB, description="Address space of the process of a UMAP."
     )
 
+    datasets: Path | None = Field(
+        default=None,
+        description="YAML file of the labelled data sets that may be evaluated on, "
+        "`NAME: {kind: ..., root: ...}`; read again when it changes.",
+    )
+    dataset_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        description="Wall time for opening one data set to count it; then it is killed.",
+    )
+    dataset_memory_bytes: int = Field(
+        default=4096 * MIB,
+        ge=512 * MIB,
+        description="Address space of the process that opens a data set.",
+    )
+
     thumbnails: bool = Field(
         default=True,
         description="Keep a WebP of at most 256 pixels with every item that comes as an image.",
@@ -317,6 +334,12 @@ class Settings(BaseSettings):
     def resolved_decoder_processes(self) -> int:
         """The number behind `decoder_processes` on this machine."""
         return self.decoder_processes or min(4, usable_cores())
+
+
+def datasets_file() -> Path | None:
+    """`datasets` as the environment has it, for a program that serves nothing."""
+    value = os.environ.get(f"{ENV_PREFIX}DATASETS")
+    return Path(value) if value else None
 
 
 def usable_cores() -> int:

@@ -22,8 +22,11 @@ def stream(*events: dict[str, Any]) -> httpx2.Response:
 
 def test_datasets(fake: Any, service: Any) -> None:
     listed = {"name": "birds", "kind": "classes", "classes": 3, "counts": {"train": 9}}
+    listed |= {"state": "ready", "class_names": ["a", "b", "c"]}
     fake.on("GET", "/datasets", httpx2.Response(200, json={"items": [listed]}))
-    assert service.datasets() == (Dataset("birds", "classes", 3, {"train": 9}),)
+    assert service.datasets() == (
+        Dataset("birds", "classes", 3, {"train": 9}, "ready", class_names=("a", "b", "c")),
+    )
 
 
 def test_submit__sends_a_key_so_that_it_may_be_sent_again(fake: Any, service: Any) -> None:

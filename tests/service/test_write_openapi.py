@@ -35,6 +35,7 @@ def test_openapi__holds_the_routes_of_the_contract() -> None:
         ("get", "/groupings/{grouping}/groups"),
         ("get", "/groupings/{grouping}/groups/{group}"),
         ("get", "/map"),
+        ("get", "/datasets"),
         ("get", "/info"),
         ("get", "/livez"),
         ("get", "/readyz"),

@@ -21,6 +21,7 @@ SplitName = Annotated[str, Field(pattern="^(train|validation|test)$")]
 Splits = Annotated[dict[SplitName, str], Field(json_schema_extra={"additionalProperties": False})]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Model = TypeVar("Model", bound="Section")
+Parsed = TypeVar("Parsed")
 Strength = Annotated[float, Field(gt=0, le=1e9)]  # C of a linear classifier
 
 
@@ -325,6 +326,7 @@ class TransferJob(_Job):
 # A further protocol adds its job here, and its function in trainer.evaluation.protocols.
 Job = KnnJob | LinearProbeJob | Voc07Job | SemiSupervisedJob | TransferJob
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="protocol")])
+_DATASET: TypeAdapter[DatasetSpec] = TypeAdapter(DatasetSpec)
 
 
 def load_job(path: Path) -> Job:
@@ -333,13 +335,16 @@ def load_job(path: Path) -> Job:
     Raises:
         JobError: no JSON, an unknown or missing key, a value out of range.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JobError(f"{path} cannot be read as a job: {error}") from error
-    if not isinstance(values, dict):
-        raise JobError(f"{path} must hold an object, got {type(values).__name__}")
-    return parse_job(values)
+    return parse_job(_load(path, "a job"))
+
+
+def load_dataset(path: Path) -> DatasetSpec:
+    """Read the `dataset` of a job alone.
+
+    Raises:
+        JobError: as `load_job`.
+    """
+    return _parsed(_DATASET, _load(path, "a data set"))
 
 
 def parse_job(values: Mapping[str, Any]) -> Job:
@@ -348,8 +353,22 @@ def parse_job(values: Mapping[str, Any]) -> Job:
     Raises:
         JobError: names each wrong key.
     """
+    return _parsed(_JOB, values)
+
+
+def _load(path: Path, what: str) -> dict[str, Any]:
     try:
-        return _JOB.validate_python(values)
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path} cannot be read as {what}: {error}") from error
+    if not isinstance(values, dict):
+        raise JobError(f"{path} must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _parsed(model: TypeAdapter[Parsed], values: Mapping[str, Any]) -> Parsed:
+    try:
+        return model.validate_python(values)
     except ValidationError as error:
         raise JobError(
             "; ".join(_explain(problem) for problem in error.errors(include_url=False))
