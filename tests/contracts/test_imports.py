@@ -37,7 +37,7 @@ ROOMS = {
         ("trainer",),
         names(
             "torch torchvision kornia numpy PIL pydantic yaml onnx onnxruntime sklearn "
-            "torchmetrics safetensors rich tqdm tensorboard webdataset pyarrow datasets"
+            "torchmetrics pycocotools safetensors rich tqdm tensorboard webdataset pyarrow datasets"
         ),
     ),
     "service": Room(

@@ -96,7 +96,7 @@ class VocDataset(_Dataset):
     kind: Literal["voc"]
     splits: Splits = Field(
         default_factory=lambda: {TRAIN: "trainval", TEST: "test"}
-    )  # lists in ImageSets/Main
+    )  # lists in ImageSets/Main; of several trees below root VOC2007/trainval+VOC2012/trainval
     class_names: tuple[str, ...] | None = None  # None: the 20 of VOC
 
 
@@ -267,6 +267,41 @@ class TransferSettings(_FineTuneSettings):
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
 
+class DetectionSettings(Section):
+    """Faster R-CNN R50-C4, by the authors' detectron2 files, which are MoCo's."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    # null: the authors' 96,000, 0.005 and 400 for 4 images, scaled to the batch
+    iterations: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    lr: Annotated[float, Field(gt=0, le=100)] | None = None
+    warmup: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    # iterations after which the rate falls; null: the authors' 72,000 and 88,000, in their shares
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4  # not of normalisations
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    # the short side of a training image, one of these at random, and of a test image
+    short_sides_px: Annotated[
+        tuple[Annotated[int, Field(ge=32, le=4096)], ...], Field(min_length=1, max_length=64)
+    ] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    test_short_side_px: Annotated[int, Field(ge=32, le=4096)] = 800
+    long_side_px: Annotated[int, Field(ge=32, le=8192)] = 1333  # at most
+    # sides of the anchors, in pixels of the resized image
+    anchors_px: Annotated[
+        tuple[Annotated[int, Field(ge=4, le=4096)], ...], Field(min_length=1, max_length=16)
+    ] = (32, 64, 128, 256, 512)
+    rois: Annotated[int, Field(ge=4, le=4096)] = 512  # of an image, that the box head learns from
+    roi_size: Annotated[int, Field(ge=2, le=56)] = 14  # side of what is pooled for the box head
+    # training batches whose mean statistics the normalisations take in the end; 0: the running ones
+    precise_batches: Annotated[int, Field(ge=0, le=100_000)] = 200
+    untrained: bool = False  # the same once more for an encoder with drawn weights: twice the time
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> "DetectionSettings":
+        return _each_once(self, "short_sides_px", "anchors_px")
+
+
 class _Job(Section):
     """What all jobs have."""
 
@@ -323,8 +358,15 @@ class TransferJob(_Job):
     settings: TransferSettings = TransferSettings()
 
 
+class DetectionJob(_Job):
+    """`detection`: objects with boxes, average precision."""
+
+    protocol: Literal["detection"]
+    settings: DetectionSettings = DetectionSettings()
+
+
 # A further protocol adds its job here, and its function in trainer.evaluation.protocols.
-Job = KnnJob | LinearProbeJob | Voc07Job | SemiSupervisedJob | TransferJob
+Job = KnnJob | LinearProbeJob | Voc07Job | SemiSupervisedJob | TransferJob | DetectionJob
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="protocol")])
 _DATASET: TypeAdapter[DatasetSpec] = TypeAdapter(DatasetSpec)
 

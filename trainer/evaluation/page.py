@@ -29,6 +29,9 @@ METRIC_WORDS = {
     "mean_per_class": "mean accuracy of the classes",
     "map_11point": "mean average precision, 11 points",
     "map_area": "mean average precision, area",
+    "ap": "average precision, IoU 0.5 to 0.95",
+    "ap50": "average precision, IoU 0.5",
+    "ap75": "average precision, IoU 0.75",
     "map_unsmoothed": "mean average precision, unsmoothed",
 }
 

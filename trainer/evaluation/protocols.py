@@ -7,7 +7,9 @@ have the bits that it had before.
 from typing import Any
 
 from trainer.evaluation.context import Evaluation, state_digest
+from trainer.evaluation.detection import detection
 from trainer.evaluation.job import (
+    DetectionJob,
     Job,
     KnnJob,
     LinearProbeJob,
@@ -54,4 +56,6 @@ def _run(evaluation: Evaluation, job: Job) -> Outcome:
         return semi_supervised(evaluation, job.settings)
     if isinstance(job, TransferJob):
         return transfer(evaluation, job.settings)
+    if isinstance(job, DetectionJob):
+        return detection(evaluation, job.settings)
     raise EvaluationError(f"there is no protocol {job.protocol!r} yet")

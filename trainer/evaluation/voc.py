@@ -5,6 +5,7 @@ set's own tools count: a class of which an image shows difficult objects alone i
 """
 
 import xml.etree.ElementTree as xml
+from pathlib import Path
 
 import numpy as np
 
@@ -46,11 +47,6 @@ def open_voc(spec: VocDataset) -> tuple[dict[str, LabelledSplit], tuple[str, ...
             training image, one class only.
     """
     class_names = spec.class_names or VOC_CLASSES
-    missing = [name for name in SEARCHED if not (spec.root / name).is_dir()]
-    if missing:
-        raise _wrong(
-            spec, f"{spec.root} lacks {', '.join(missing)}: wanted a tree as VOCdevkit/VOC2007"
-        )
     for name in (TRAIN, TEST):
         if name not in spec.splits:
             raise _wrong(spec, f"splits names no {name}: wanted the lists of both train and test")
@@ -74,7 +70,36 @@ def open_voc(spec: VocDataset) -> tuple[dict[str, LabelledSplit], tuple[str, ...
 
 
 def _split(spec: VocDataset, where: str, class_names: tuple[str, ...]) -> LabelledSplit:
-    path = spec.root / "ImageSets" / "Main" / f"{where}.txt"
+    """The images of one list, or of several joined by `+`, each perhaps of a tree of its own."""
+    names: list[str] = []
+    boxes: list[Boxes] = []
+    for place in where.split("+"):
+        tree, _, listed = place.rpartition("/")
+        for key in _keys(spec, tree, listed):
+            names.append(f"{tree}/JPEGImages/{key}.jpg".lstrip("/"))
+            boxes.append(_boxes(spec, spec.root / tree / "Annotations" / f"{key}.xml", class_names))
+    if len(set(names)) < len(names):
+        raise _wrong(spec, f"{where} names an image twice")
+    source = from_files(spec.root, names, None)
+    targets = np.zeros((len(names), len(class_names)), np.int8)
+    for row, found in enumerate(boxes):
+        targets[row, found.labels[found.difficult]] = -1
+        targets[row, found.labels[~found.difficult]] = 1
+    return LabelledSplit(source, targets, tuple(boxes))
+
+
+def _keys(spec: VocDataset, tree: str, listed: str) -> list[str]:
+    root = spec.root / tree
+    if ".." in tree.split("/") or tree.startswith("/"):
+        raise _wrong(spec, f"the tree {tree!r} lies outside root: wanted a folder below it")
+    missing = [name for name in SEARCHED if not (root / name).is_dir()]
+    if missing:
+        raise _wrong(
+            spec,
+            f"{root} lacks {', '.join(missing)}: wanted a tree as VOCdevkit/VOC2007, or "
+            "splits that name trees below root, such as VOC2007/trainval+VOC2012/trainval",
+        )
+    path = root / "ImageSets" / "Main" / f"{listed}.txt"
     try:
         keys = [line.split()[0] for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -83,19 +108,10 @@ def _split(spec: VocDataset, where: str, class_names: tuple[str, ...]) -> Labell
         )
     if not keys:
         raise _wrong(spec, f"{path} names no image")
-    if len(set(keys)) < len(keys):
-        raise _wrong(spec, f"{path} names an image twice")
-    boxes = tuple(_boxes(spec, key, class_names) for key in keys)
-    source = from_files(spec.root, [f"JPEGImages/{key}.jpg" for key in keys], None)
-    targets = np.zeros((len(keys), len(class_names)), np.int8)
-    for row, found in enumerate(boxes):
-        targets[row, found.labels[found.difficult]] = -1
-        targets[row, found.labels[~found.difficult]] = 1
-    return LabelledSplit(source, targets, boxes)
+    return keys
 
 
-def _boxes(spec: VocDataset, key: str, class_names: tuple[str, ...]) -> Boxes:
-    path = spec.root / "Annotations" / f"{key}.xml"
+def _boxes(spec: VocDataset, path: Path, class_names: tuple[str, ...]) -> Boxes:
     corners, labels, difficult = [], [], []
     try:
         for found in xml.parse(path).getroot().iter("object"):
@@ -112,6 +128,8 @@ def _boxes(spec: VocDataset, key: str, class_names: tuple[str, ...]) -> Boxes:
             # VOC counts pixels from 1, and its right and lower edges are inside.
             sides = [float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax")]
             corners.append([sides[0] - 1, sides[1] - 1, sides[2], sides[3]])
+            if not (corners[-1][0] < corners[-1][2] and corners[-1][1] < corners[-1][3]):
+                raise ValueError(f"an object {name!r} whose box has no area: {sides}")
             labels.append(class_names.index(name))
             difficult.append(found.findtext("difficult", "0").strip() == "1")
     except DataError:

@@ -24,24 +24,25 @@ from trainer.representation.preprocess import InputContract
 SIDE = 16
 
 
-def write_small_bundle(directory: Path) -> Path:
+def write_small_bundle(directory: Path, *changes: str, side: int = SIDE) -> Path:
     """Export an encoder with drawn weights, which tell colours apart already."""
     recipe = load_recipe(
         "digits",
         [
-            f"encoder.image_size_px={SIDE}",
+            f"encoder.image_size_px={side}",
             "encoder.dim=8",
             "export.variants=[]",
+            *changes,
         ],
     )
     torch.manual_seed(1)
-    images = np.random.default_rng(0).integers(0, 256, (8, SIDE, SIDE, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (8, side, side, 3)).astype(np.uint8)
     return export_bundle(
         build_encoder(recipe.encoder).eval(),
         directory,
         ids=[str(i) for i in range(len(images))],
         prepared=lambda rows: images[list(rows)],
-        contract=InputContract(size_px=SIDE),
+        contract=InputContract(size_px=side),
         recipe=recipe.as_dict(),
         training={},
         config=recipe.export,
