@@ -38,6 +38,9 @@
         ├── NotReady              not_ready               a check of /readyz failed
         ├── MapFailed             map_failed              a map could not be computed
         ├── StorageFailed         storage_failed          a change could not be stored
+        ├── UnsupportedByGallery  unsupported_by_gallery  its gallery's engine cannot do this
+        ├── GalleryUnreachable    gallery_unreachable     its gallery is away: retry_after_s
+        ├── GalleryChanged        gallery_changed         items changed meanwhile: send it again
         ├── GalleryBehind         gallery_behind          not at the version asked for yet: again
         ├── GalleryRetired        gallery_retired         replaced by another model's: send it again
         ├── DecoderUnavailable    decoder_unavailable     no picture can be decoded just now
@@ -295,6 +298,22 @@ class MapFailed(ServiceError):
 
 class StorageFailed(ServiceError):
     known_code = "storage_failed"
+
+
+class UnsupportedByGallery(ServiceError):
+    """The engine that holds the gallery cannot do this; `detail` says what it can."""
+
+    known_code = "unsupported_by_gallery"
+
+
+class GalleryUnreachable(ServiceError):
+    known_code = "gallery_unreachable"
+
+
+class GalleryChanged(ServiceError):
+    """Items were replaced or deleted while the request was answered: send it again."""
+
+    known_code = "gallery_changed"
 
 
 class GalleryBehind(ServiceError):

@@ -32,9 +32,10 @@ class Beside:
         on_progress: Callable[[int, float], None],
     ) -> None:
         self.directory = settings.state / DIRECTORY / gallery.model_id[:_NAME_LENGTH]
-        self.graph = GraphKeeper(
-            self.directory, neighbours=settings.graph_neighbours, on_progress=on_progress
-        )
+        # A gallery past one machine has a graph past one memory: edges are searched for.
+        remote = gallery.snapshot().device == "remote"
+        neighbours = 0 if remote else settings.graph_neighbours
+        self.graph = GraphKeeper(self.directory, neighbours=neighbours, on_progress=on_progress)
         self.groupings = Groupings(
             self.directory,
             graph=self.graph,

@@ -67,8 +67,8 @@ async def read(
     await runtime.caught_up(request)
     snapshot = runtime.gallery.snapshot()  # after the embedding: the newest state answers
     if source.ids is not None:
-        rows = _rows_of(snapshot, source.ids)
-        return options, Queries(snapshot, snapshot.vectors(rows), rows)
+        rows, own = await runtime.read(snapshot, _items_of, snapshot, source.ids)
+        return options, Queries(snapshot, own, rows)
     assert vectors is not None
     return options, Queries(snapshot, vectors, np.full(len(vectors), -1, np.int64))
 
@@ -170,13 +170,13 @@ def rejections(outcomes: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _rows_of(snapshot: Snapshot, ids: Sequence[str]) -> Rows:
-    rows = [snapshot.row(item_id) for item_id in ids]
-    missing = [item_id for item_id, row in zip(ids, rows, strict=True) if row is None]
+def _items_of(snapshot: Snapshot, ids: Sequence[str]) -> tuple[Rows, Vectors]:
+    rows = snapshot.rows_of(ids)
+    missing = [ids[place] for place in np.flatnonzero(rows < 0).tolist()]
     if missing:
         raise Problem(
             "item_not_found",
             f"{len(missing)} of {len(ids)} ids are not in the gallery, such as {missing[0]!r}",
             ids=missing[:100],
         )
-    return np.asarray(rows, np.int64)
+    return rows, snapshot.vectors(rows)

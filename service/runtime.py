@@ -30,6 +30,7 @@ from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
 from service.gallery.logged import LoggedGallery
+from service.gallery.milvus_gallery import MilvusGallery
 from service.gallery.oplog import OperationsLog
 from service.gallery.protocol import (
     Applied,
@@ -37,10 +38,13 @@ from service.gallery.protocol import (
     Gallery,
     GalleryError,
     GalleryRetired,
+    GalleryUnreachable,
     IdempotencyConflict,
+    ItemsChanged,
     Snapshot,
     StorageError,
     TooManyMatches,
+    Unsupported,
 )
 from service.graph_keeper import GraphKeeper
 from service.groupings import Groupings
@@ -156,7 +160,9 @@ class Runtime:
     def reload(self) -> None:
         """Serve what the bundle path holds now, once it is built; on SIGHUP."""
         if self._serving is None or self._switch is None or not self.loaded.is_set():
-            _log.warning("switch_ignored", reason="not loaded, or the gallery was given")
+            _log.warning(
+                "switch_ignored", reason="not loaded, or the gallery was given or lies in Milvus"
+            )
         elif self._switching is not None and not self._switching.done():
             _log.warning("switch_ignored", reason="one is going on already; /info says how far")
         else:
@@ -227,10 +233,11 @@ class Runtime:
             await self._catch_up.wait(self.gallery, version)
 
     async def compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call something that takes the CPU in a thread, off the event loop.
+        """Call something that takes the CPU, or waits, in a thread, off the event loop.
 
         Raises:
-            Problem: queue_full.
+            Problem: queue_full; of a gallery past one machine unsupported_by_gallery,
+                gallery_changed, gallery_unreachable.
         """
         try:
             # With what the request has pinned.
@@ -238,6 +245,25 @@ class Runtime:
             return await self._compute.run(context.run, function, *arguments)
         except QueueFull as full:
             raise queue_full("searches", full.limit, "max_pending") from None
+        except Unsupported as error:
+            raise Problem("unsupported_by_gallery", str(error)) from None
+        except ItemsChanged as error:
+            raise Problem(
+                "gallery_changed", f"{error}; send the request again", retry_after_s=RETRY_AFTER_S
+            ) from None
+        except GalleryUnreachable as error:
+            raise Problem(
+                "gallery_unreachable", f"{error}; send the request again", retry_after_s=5
+            ) from None
+
+    async def read(
+        self, snapshot: Snapshot, function: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        """Call something short that reads a snapshot: here, or in a thread where it waits for a
+        network; see `compute`."""
+        if snapshot.device == "remote":
+            return await self.compute(function, *arguments)
+        return function(*arguments)
 
     async def apply(self, change: Change) -> Applied:
         """Change the gallery; when it returns, the change is on disk.
@@ -292,6 +318,12 @@ class Runtime:
 
     def database(self) -> dict[str, Any]:
         """What /info says of where the gallery is kept; nothing of a gallery that was given."""
+        if isinstance(self._gallery, MilvusGallery):
+            return {
+                "database": self._gallery.version,
+                "read_only": not self._gallery.is_writer,
+                "staleness_s": round(self._gallery.staleness_s(), 3),
+            }
         if not isinstance(self._gallery, LoggedGallery):
             return {}
         return {
@@ -330,6 +362,9 @@ class Runtime:
         )
         self._images = self._image_path(embedder)
         await self._images.start()
+        if self._gallery is None and settings.gallery is not None:
+            assert bundle is not None
+            self._gallery = await asyncio.to_thread(self._open_milvus, bundle)
         if self._gallery is None:
             assert bundle is not None
             self._database = await asyncio.to_thread(
@@ -376,6 +411,33 @@ class Runtime:
             idempotency_ttl_s=settings.idempotency_ttl_s,
         )
 
+    def _open_milvus(self, bundle: Bundle) -> MilvusGallery:
+        settings = self.settings
+        assert settings.gallery is not None
+        try:
+            from service.gallery.milvus import Store  # an extra: most services have no Milvus
+        except ImportError as error:
+            raise GalleryError(
+                "a gallery in Milvus wants pymilvus: install invprop[service,milvus]"
+            ) from error
+        try:
+            settings.state.mkdir(parents=True, exist_ok=True)  # groupings are kept there
+            store = Store(settings.gallery.get_secret_value())
+        except (StorageError, OSError) as error:
+            raise GalleryError(str(error)) from error
+        return MilvusGallery(
+            store,
+            model_id=bundle.model_id,
+            dim=bundle.embedding_dim,
+            imported=bundle.gallery,
+            index=settings.milvus_index,
+            whole_items=settings.milvus_whole_items,
+            max_pending=settings.max_pending,
+            idempotency_ttl_s=settings.idempotency_ttl_s,
+            follow_interval_s=settings.follow_interval_s,
+            max_staleness_s=settings.max_staleness_s,
+        )
+
     def _report_parts(self, serving: Serving) -> None:
         gallery, embedder = serving.gallery, serving.embedder
         if isinstance(gallery, LoggedGallery):
@@ -383,6 +445,8 @@ class Runtime:
             self.metrics.gallery_lag.set_function(gallery.lag)
             self.metrics.generation_seq.set_function(lambda: gallery.generation_seq)
             self.metrics.log_damaged.set_function(lambda: gallery.is_damaged)
+        elif isinstance(gallery, MilvusGallery):
+            self.metrics.gallery_staleness.set_function(gallery.staleness_s)
         gallery.on_change(self._report_snapshot)
         gallery.on_change(self._catch_up.note)
         self._report_snapshot(gallery.snapshot())

@@ -34,6 +34,24 @@ class Settings(BaseSettings):
         "file in `state`; several services may share it. Better in the environment: a command "
         "line is seen by others.",
     )
+    gallery: SecretStr | None = Field(
+        default=None,
+        description="`milvus://[USER:PASSWORD@]HOST:PORT/COLLECTION` (`milvus+tls://` with TLS) "
+        "holds the gallery in Milvus in place of `state` or `database`: for one past one machine. "
+        "Wants `thumbnails = false`.",
+    )
+    milvus_index: Literal["flat", "hnsw", "gpu_cagra"] = Field(
+        default="flat",
+        description="How Milvus searches, fixed when the collection is made: `flat` looks at every "
+        "item, the others find nearly all of the nearest and serve no groups.",
+    )
+    milvus_whole_items: int = Field(
+        default=50_000,
+        ge=0,
+        le=10_000_000,
+        description="Up to so many items of a gallery in Milvus groupings and maps go through; "
+        "then 422.",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
         default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
@@ -293,6 +311,22 @@ class Settings(BaseSettings):
     shutdown_timeout_s: int = Field(
         default=25, ge=1, le=600, description="On SIGTERM: time for running requests to end."
     )
+
+    @model_validator(mode="after")
+    def _fits_gallery(self) -> Self:
+        if self.gallery is None:
+            return self
+        if self.database is not None:
+            raise ValueError(
+                "gallery and database are both set: a gallery in Milvus is kept there alone; "
+                "remove one of them"
+            )
+        if self.thumbnails or self.originals != "off":
+            raise ValueError(
+                "a gallery in Milvus keeps no pictures: set thumbnails = false and originals = "
+                f"off with it (they are {self.thumbnails} and {self.originals})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

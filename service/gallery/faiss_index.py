@@ -5,7 +5,7 @@ Out: neighbours in an order that does not depend on how the rows are cut into se
 or on the device: faiss only proposes candidates, their cosines are computed again in float64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -86,6 +86,11 @@ class FaissSnapshot:
         rows.flags.writeable = False
         return rows
 
+    def rows_of(self, ids: Sequence[str]) -> Rows:
+        """(n,) -> (n,) rows of these ids, -1 where there is none."""
+        found = (self.row(item_id) for item_id in ids)
+        return np.asarray([-1 if row is None else row for row in found], np.int64)
+
     def rows(self) -> Rows:
         """The rows of all items, ascending; see protocol.Snapshot."""
         return self._live
@@ -109,6 +114,10 @@ class FaissSnapshot:
         records, inside = self.segments[number].records, row - int(self.firsts[number])
         return Item(records.ids[inside], records.vectors[inside], records.parsed(inside))
 
+    def items(self, rows: Rows) -> list[Item]:
+        """(n,) -> the items in these rows."""
+        return [self.item(row) for row in np.asarray(rows).tolist()]
+
     def matching(self, filter: Filter) -> Rows:
         """Rows of the live items whose metadata match, ascending."""
         if not filter:
@@ -120,9 +129,9 @@ class FaissSnapshot:
         rows = np.concatenate([np.empty(0, np.int64), *parts])
         return rows[~self.dead[rows]] if self.num_dead else rows
 
-    def page(self, *, after: int, limit: int, among: Rows | None = None) -> Page:
+    def page(self, *, after: int, limit: int, where: Filter | None = None) -> Page:
         """At most `limit` live rows with a sequence number above `after`, in that order."""
-        rows = self.rows() if among is None else among
+        rows = self.matching(where or {})
         first = self._rows_until(after, rows)
         chosen = rows[first : first + limit]
         more = first + limit < len(rows)
@@ -148,10 +157,17 @@ class FaissSnapshot:
         k: int,
         *,
         exclude: Rows | None = None,
+        where: Filter | None = None,
         among: Rows | None = None,
         exact: bool = True,
     ) -> Found:
-        """The k items most similar to each query; see protocol.Snapshot.search."""
+        """The k items most similar to each query; see protocol.Snapshot.search.
+
+        Args:
+            among: only these rows count, in place of a filter.
+        """
+        if where:
+            among = self.matching(where)
         queries = np.ascontiguousarray(queries, np.float32)
         if not exact and among is None and self.segments:
             first = self.segments[0]

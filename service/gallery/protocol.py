@@ -89,6 +89,13 @@ class StorageError(Exception):
         self.full = full
 
 
+class GalleryUnreachable(StorageError):
+    """What holds the gallery cannot be reached: not even reads go on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, full=False)
+
+
 class GalleryRetired(StorageError):
     """Another gallery has taken this one's place: it can be read and no longer changed."""
 
@@ -112,6 +119,19 @@ class TooManyMatches(Exception):
         self.count = count
 
 
+class Unsupported(Exception):
+    """The engine that holds the gallery cannot do this; the message says what it can."""
+
+
+class ItemsChanged(Exception):
+    """Items were replaced or deleted while they were read, where a snapshot is no picture of one
+    moment; `count` of them. Reading again helps."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} items were replaced or deleted while they were read")
+        self.count = count
+
+
 class Snapshot(Protocol):
     """The items at one version. Rows number them; they mean nothing in another snapshot."""
 
@@ -122,7 +142,8 @@ class Snapshot(Protocol):
 
     @property
     def device(self) -> str:
-        """Where exact search runs: "cpu" or "gpu"."""
+        """Where search runs: "cpu", "gpu", or "remote": then every call waits for a network, and
+        may raise StorageError, ItemsChanged and Unsupported."""
         ...
 
     def index(self) -> Mapping[str, Any]:
@@ -135,6 +156,10 @@ class Snapshot(Protocol):
 
     def row(self, item_id: str) -> int | None:
         """The row of an item, None when there is none of that id."""
+        ...
+
+    def rows_of(self, ids: Sequence[str]) -> Rows:
+        """(n,) -> (n,) rows of these ids, -1 where there is none."""
         ...
 
     def rows(self) -> Rows:
@@ -154,19 +179,20 @@ class Snapshot(Protocol):
         ...
 
     def item(self, row: int) -> Item:
-        """The item in a row that `row`, `search`, `matching` or `page` gave."""
+        """The item in a row that `row`, `search` or `page` gave."""
+        ...
+
+    def items(self, rows: Rows) -> list[Item]:
+        """(n,) -> the items in these rows."""
         ...
 
     def vectors(self, rows: Rows) -> Vectors:
         """(n,) -> (n, D)."""
         ...
 
-    def matching(self, filter: Filter) -> Rows:
-        """Rows of the items whose metadata have, for each field, one of its values; ascending."""
-        ...
-
-    def page(self, *, after: int, limit: int, among: Rows | None = None) -> Page:
-        """At most `limit` items written after the cursor `after` (0 = from the start)."""
+    def page(self, *, after: int, limit: int, where: Filter | None = None) -> Page:
+        """At most `limit` items written after the cursor `after` (0 = from the start); only those
+        that match `where`."""
         ...
 
     def search(
@@ -175,7 +201,7 @@ class Snapshot(Protocol):
         k: int,
         *,
         exclude: Rows | None = None,
-        among: Rows | None = None,
+        where: Filter | None = None,
         exact: bool = True,
     ) -> Found:
         """The k items most similar to each query.
@@ -183,7 +209,8 @@ class Snapshot(Protocol):
         Args:
             queries: (B, D) float32 of unit length.
             exclude: (B,) a row each query leaves out, -1 for none.
-            among: only these rows count; None for all. Searched exactly.
+            where: only items whose metadata have, for each field, one of its values; None and
+                an empty one for all. Searched exactly where the engine can.
             exact: False lets an index choose what it looks at, where the gallery has one.
 
         Returns:

@@ -64,6 +64,9 @@ async def start_grouping(request: Request) -> Response:
         )
 
     def ask() -> Grouping:
+        if snapshot.device == "remote":  # refused now, and not once it is under way
+            snapshot.rows()
+            snapshot.search(snapshot.vectors(snapshot.rows()[:1]), 1)
         try:
             return runtime.groupings.ask(
                 snapshot, k=options.k, steps=options.steps, min_size=options.min_size

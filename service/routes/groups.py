@@ -1,5 +1,6 @@
 """POST /groups: what propagates from each anchor along the kNN graph."""
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -68,16 +69,16 @@ def _answer(
         deadline=deadline,
     )
 
-    def id_of(row: int) -> str:
-        return snapshot.item(row).id
-
+    rows = {m.row for group in found for m in group.members}
+    rows |= {m.via for group in found for m in group.members if m.via is not None}
+    ids = dict(zip(rows, snapshot.ids(np.asarray(list(rows), np.int64)).tolist(), strict=True))
     results = [
         {
             "members": [
                 {
-                    "id": id_of(member.row),
+                    "id": ids[member.row],
                     "step": member.step,
-                    "via": None if member.via is None else id_of(member.via),
+                    "via": None if member.via is None else ids[member.via],
                     "similarity": member.similarity,
                 }
                 for member in group.members

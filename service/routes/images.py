@@ -52,7 +52,8 @@ async def get_image(
         except StorageError as error:
             raise Problem("storage_failed", str(error), retry_after_s=5) from None
     if content is None:
-        if gallery.snapshot().row(item_id) is None:
+        snapshot = gallery.snapshot()
+        if await runtime.read(snapshot, snapshot.row, item_id) is None:
             raise Problem(
                 "item_not_found", f"there is no item {item_id!r} in the gallery", id=item_id
             )

@@ -14,7 +14,7 @@ from service import bodies
 from service.answers import json_bytes, json_response
 from service.catch_up import PARAMETER
 from service.errors import Problem, over_limit, validation_problem
-from service.gallery.protocol import Applied, Change, Idempotency, Item, Vectors
+from service.gallery.protocol import Applied, Change, Idempotency, Item, Snapshot, Vectors
 from service.openapi import body_of, problems
 from service.routes.access import runtime_of
 from service.routes.neighbours import filter_of
@@ -62,7 +62,8 @@ async def add_items(
             digest = await runtime.compute(upload.digest)
             idempotency = Idempotency(idempotency_key, digest)
             async with runtime.stored():
-                done = runtime.gallery.recall(idempotency)
+                snapshot = runtime.gallery.snapshot()
+                done = await runtime.read(snapshot, runtime.gallery.recall, idempotency)
             if done is not None:
                 return _answer(runtime, done)
         items = await _embed(runtime, upload, deadline)
@@ -152,11 +153,10 @@ async def get_item(
     runtime = runtime_of(request)
     async with runtime.deadline():
         await runtime.caught_up(request)
-    snapshot = runtime.gallery.snapshot()
-    row = snapshot.row(item_id)
-    if row is None:
+        snapshot = runtime.gallery.snapshot()
+        item = await runtime.read(snapshot, _item_of, snapshot, item_id)
+    if item is None:
         raise _not_found(item_id)
-    item = snapshot.item(row)
     answer: dict[str, Any] = {
         "model": runtime.embedder.model_id,
         "gallery_version": snapshot.version,
@@ -181,6 +181,11 @@ async def delete_item(request: Request, item_id: str) -> Response:
     if applied.missing:
         raise _not_found(item_id)
     return _deleted(runtime, applied)
+
+
+def _item_of(snapshot: Snapshot, item_id: str) -> Item | None:
+    row = snapshot.row(item_id)
+    return None if row is None else snapshot.item(row)
 
 
 async def _read(request: Request, runtime: Runtime) -> Upload:
@@ -263,9 +268,8 @@ def _deleted(runtime: Runtime, applied: Applied) -> Response:
 
 def _page(runtime: Runtime, limit: int, after: int, wanted: dict[str, Any] | None) -> Response:
     snapshot = runtime.gallery.snapshot()
-    among = snapshot.matching(filter_of(wanted)) if wanted else None
-    page = snapshot.page(after=after, limit=limit, among=among)
-    items = [snapshot.item(int(row)) for row in page.rows]
+    page = snapshot.page(after=after, limit=limit, where=filter_of(wanted or {}))
+    items = snapshot.items(page.rows)
     return json_response(
         {
             "model": runtime.embedder.model_id,

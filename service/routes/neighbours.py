@@ -70,13 +70,12 @@ def _is_short(options: NeighboursRequest, queries: Queries) -> bool:
 
 def _answer(model: str, options: NeighboursRequest, queries: Queries, as_npz: bool) -> Response:
     snapshot = queries.snapshot
-    among = snapshot.matching(filter_of(options.filter)) if options.filter else None
     k = min(options.k, max(1, len(snapshot)))
     found = snapshot.search(
         queries.vectors,
         k,
         exclude=queries.rows if queries.by_id else None,
-        among=among,
+        where=filter_of(options.filter),
         exact=options.exact is True,
     )
     if as_npz:
@@ -94,8 +93,7 @@ def _answer(model: str, options: NeighboursRequest, queries: Queries, as_npz: bo
             for item_id, similarity in zip(snapshot.ids(rows), similarities, strict=False)
         ]
         if options.include:
-            for row, hit in zip(rows.tolist(), hits, strict=True):
-                item = snapshot.item(row)
+            for item, hit in zip(snapshot.items(rows), hits, strict=True):
                 if "metadata" in options.include:
                     hit["metadata"] = item.metadata
                 if "vector" in options.include:

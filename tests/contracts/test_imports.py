@@ -124,7 +124,7 @@ def test_trainer_package__is_empty() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("service.app", {"torch", "torchvision", "httpx2"}),
+        ("service.app", {"torch", "torchvision", "httpx2", "pymilvus"}),
         ("service.run", {"torch", "torchvision", "httpx2"}),
         ("trainer.representation.propagation", {"torch", "pydantic", "onnxruntime"}),
         ("trainer.run", {"torch"}),  # decoding processes are spawned from it

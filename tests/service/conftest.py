@@ -25,6 +25,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.protocol import BoundedConfig, Connections
 from service.settings import Settings
+from tests.service.milvus import milvus, new_collection
 from tests.service.postgresql import new_database, postgresql
 from trainer.representation.bundle import (
     Bundle,
@@ -36,7 +37,7 @@ from trainer.representation.bundle import (
 from trainer.representation.neighbours import exact_graph
 from trainer.representation.preprocess import InputContract, prepare
 
-__all__ = ["new_database", "postgresql"]  # fixtures
+__all__ = ["milvus", "new_collection", "new_database", "postgresql"]  # fixtures
 
 SIDE, FEATURES, DIM, IMAGES, K = 8, 16, 12, 40, 4
 
