@@ -64,6 +64,7 @@ from client.models import (
     Deleted,
     Embeddings,
     Evaluation,
+    FolderAdded,
     Group,
     Grouping,
     GroupingMember,
@@ -78,6 +79,7 @@ from client.models import (
     Neighbours,
     PendingMap,
     Readiness,
+    RefusedFile,
     RejectedItem,
 )
 
@@ -94,6 +96,7 @@ __all__ = [
     "Deleted",
     "Embeddings",
     "Evaluation",
+    "FolderAdded",
     "FolderNotAdded",
     "Forbidden",
     "GalleryBehind",
@@ -138,6 +141,7 @@ __all__ = [
     "QueueFull",
     "RateLimited",
     "Readiness",
+    "RefusedFile",
     "Rejected",
     "RejectedItem",
     "RequestTimeout",

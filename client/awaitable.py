@@ -1,17 +1,20 @@
 """AsyncClient: the methods of client.blocking, to be awaited. A test compares the signatures."""
 
+import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from client.calls import Calls, headers_of
 from client.errors import ConnectionFailed, ServiceError
+from client.folders import MetadataOf, Progress
 from client.models import (
     Added,
     Dataset,
     Deleted,
     Embeddings,
     Evaluation,
+    FolderAdded,
     Grouping,
     GroupingMember,
     Groups,
@@ -26,7 +29,7 @@ from client.models import (
 )
 from client.retry import SYSTEM_CLOCK, Clock, RetryPolicy
 from client.routes import Filter, Include, OnError, Order, Output, Protocol
-from client.transport import AsyncConnection, AsyncTransport
+from client.transport import AsyncConnection, AsyncTransport, public_url
 
 if TYPE_CHECKING:
     from client.images import ImagesInput
@@ -49,7 +52,11 @@ class AsyncClient:
         transport: AsyncTransport | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._calls = Calls(RetryPolicy(timeout_s, max_retries, clock), concurrency=concurrency)
+        self._calls = Calls(
+            RetryPolicy(timeout_s, max_retries, clock),
+            concurrency=concurrency,
+            service=public_url(base_url),
+        )
         self._connection = AsyncConnection(base_url, headers_of(api_key), transport, clock)
         self.evaluations = AsyncEvaluations(self._calls, self._connection)
 
@@ -100,6 +107,19 @@ class AsyncClient:
         """See Client.add."""
         return await self._connection.run(
             self._calls.add(images=images, vectors=vectors, ids=ids, metadata=metadata, model=model)
+        )
+
+    async def add_folder(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        metadata: MetadataOf | None = None,
+        progress: Progress | None = None,
+    ) -> FolderAdded:
+        """See Client.add_folder."""
+        return await self._connection.run(
+            self._calls.add_folder(folder, journal=journal, metadata=metadata, progress=progress)
         )
 
     async def items(

@@ -3,18 +3,21 @@ client.calls; here is only the running of it. Longer than other files because it
 signatures.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from client.calls import Calls, headers_of
 from client.errors import ConnectionFailed, ServiceError
+from client.folders import MetadataOf, Progress
 from client.models import (
     Added,
     Dataset,
     Deleted,
     Embeddings,
     Evaluation,
+    FolderAdded,
     Grouping,
     GroupingMember,
     Groups,
@@ -29,7 +32,7 @@ from client.models import (
 )
 from client.retry import SYSTEM_CLOCK, Clock, RetryPolicy
 from client.routes import Filter, Include, OnError, Order, Output, Protocol
-from client.transport import Connection, Transport
+from client.transport import Connection, Transport, public_url
 
 if TYPE_CHECKING:
     from client.images import ImagesInput
@@ -69,7 +72,11 @@ class Client:
         transport: Transport | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._calls = Calls(RetryPolicy(timeout_s, max_retries, clock), concurrency=concurrency)
+        self._calls = Calls(
+            RetryPolicy(timeout_s, max_retries, clock),
+            concurrency=concurrency,
+            service=public_url(base_url),
+        )
         self._connection = Connection(base_url, headers_of(api_key), transport, clock)
         self.evaluations = Evaluations(self._calls, self._connection)
 
@@ -138,6 +145,34 @@ class Client:
         """
         return self._connection.run(
             self._calls.add(images=images, vectors=vectors, ids=ids, metadata=metadata, model=model)
+        )
+
+    def add_folder(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        metadata: MetadataOf | None = None,
+        progress: Progress | None = None,
+    ) -> FolderAdded:
+        """Add every picture below a folder, or go on where that was cut short.
+
+        Args:
+            journal: file that keeps what was answered; beside the folder by default. The same call
+                sends what is new or changed since, and what was not answered.
+            metadata: called with the id of each file that is sent, its path from the folder; gives
+                its metadata or None.
+            progress: called with (files done, files there) as parts are answered, from one thread
+                at a time; client.progress.meter() makes one that draws.
+
+        Files that cannot be read, are not called like pictures or are rejected by the service are
+        listed in `refused`; those that were rejected are not sent again unless they change.
+
+        Raises:
+            FolderNotAdded: the journal is in use, damaged, or of another folder or gallery.
+        """
+        return self._connection.run(
+            self._calls.add_folder(folder, journal=journal, metadata=metadata, progress=progress)
         )
 
     def items(

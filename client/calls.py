@@ -4,11 +4,11 @@ that they run.
 
 from client.asking import Asking
 from client.evaluations import EvaluationCalls
-from client.gallery import Gallery
+from client.folders import Folders
 from client.groupings import Groupings
 
 
-class Calls(Asking, Gallery, Groupings, EvaluationCalls):
+class Calls(Asking, Folders, Groupings, EvaluationCalls):
     """One method per route. The methods return steps, see client.retry."""
 
 

@@ -57,6 +57,26 @@ class Added:
 
 
 @dataclass(frozen=True)
+class RefusedFile:
+    """A file of a folder that is not in the gallery."""
+
+    id: str  # its path from the folder
+    reason: str
+
+
+@dataclass(frozen=True)
+class FolderAdded:
+    """Answer of add_folder()."""
+
+    added: int
+    updated: int
+    already: int  # answered in an earlier run and unchanged since: not sent
+    refused: tuple[RefusedFile, ...]  # unreadable, no pictures, or rejected by the service
+    gallery_version: int
+    journal: str  # its path; delete it to have everything sent again
+
+
+@dataclass(frozen=True)
 class Deleted:
     """Answer of delete() and delete_items()."""
 

@@ -30,11 +30,12 @@ PART_BYTES = 8 * 1024 * 1024
 class Session:
     """Asks and remembers for the other rooms: each of them adds the methods of its routes."""
 
-    def __init__(self, policy: RetryPolicy, *, concurrency: int) -> None:
+    def __init__(self, policy: RetryPolicy, *, concurrency: int, service: str) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be 1 or more, got {concurrency}")
         self._policy = policy
         self._concurrency = concurrency
+        self._service = service  # its URL, without a password
         self._info: Info | None = None
 
     def live(self) -> Steps[bool]:

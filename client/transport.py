@@ -208,6 +208,12 @@ def checked_url(base_url: str) -> str:
     return base_url
 
 
+def public_url(base_url: str) -> str:
+    """The URL without user and password, to be written down."""
+    url = httpx2.URL(checked_url(base_url)).copy_with(username=None, password=None)
+    return str(url).rstrip("/")
+
+
 def _advance(steps: Steps[Result], outcome: Outcome) -> Attempt | Wait | Together | _Done[Result]:
     """Run the steps up to their next effect."""
     try:

@@ -54,9 +54,10 @@ class FakeService:
     def __init__(self) -> None:
         self.requests: list[httpx2.Request] = []
         self.limits = dict(LIMITS)
+        self.version = lambda: 7  # of the gallery
         self.versions = {"invprop": VERSION}
         self.time = FakeTime()
-        self._handlers: dict[tuple[str, str], Handler] = {("GET", "/info"): self._info}
+        self._handlers: dict[tuple[str, str], Handler] = {("GET", "/info"): self.info}
 
     def on(self, method: str, path: str, handler: Handler | httpx2.Response) -> None:
         if isinstance(handler, httpx2.Response):
@@ -78,13 +79,13 @@ class FakeService:
         self.requests.append(request)
         return self._handlers[request.method, request.url.path](request)
 
-    def _info(self, _: httpx2.Request) -> httpx2.Response:
+    def info(self, _: httpx2.Request) -> httpx2.Response:
         limits = {name: {"limit": value, "setting": name} for name, value in self.limits.items()}
         return httpx2.Response(
             200,
             json={
                 "model": "m1",
-                "gallery_version": 7,
+                "gallery_version": self.version(),
                 "dims": {"embedding": 2, "features": 3},
                 "input": {"size_px": 8},
                 "training": None,
