@@ -376,6 +376,11 @@ def datasets_file() -> Path | None:
     return Path(value) if value else None
 
 
+def database_url() -> str | None:
+    """`database` as the environment has it, for a program that serves nothing."""
+    return os.environ.get(f"{ENV_PREFIX}DATABASE") or None
+
+
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0))

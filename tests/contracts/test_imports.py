@@ -45,7 +45,7 @@ ROOMS = {
         names(
             "fastapi starlette uvicorn pydantic pydantic_settings onnxruntime faiss celery "
             "jsonschema_rs sqlalchemy numpy PIL prometheus_client yaml orjson structlog limits "
-            "psycopg sklearn umap"
+            "psycopg pyarrow sklearn umap"
         ),
     ),
     "service/gallery/milvus.py": Room(
