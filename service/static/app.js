@@ -1,9 +1,10 @@
 // The frame: addresses to views, the bar, the state of the service, keys, and what is dropped.
 // Views are modules loaded when they are first asked for. A view is show(main, route) where route
-// has {parts, values, signal}: the signal aborts when the view is left, and with it its requests.
+// has {parts, values, signal, shown}: the signal aborts when the view is left, and with it its
+// requests; shown() is called by a view that goes on after it is there.
 
 import { Problem, address, ask, credentials, events, info, key, pause } from "./api.js";
-import { count, dialog, empty, h, show } from "./dom.js";
+import { count, dialog, emptyPage, h, show } from "./dom.js";
 import { openFacts, openHelp } from "./panels.js";
 
 const VIEWS = {
@@ -11,6 +12,11 @@ const VIEWS = {
   item: () => import("./views/item.js"),
   search: () => import("./views/search.js"),
   list: () => import("./views/search.js"),
+  groups: () => import("./views/groups.js"),
+  map: () => import("./views/map.js"),
+  duplicates: () => import("./views/duplicates.js"),
+  evaluations: () => import("./views/evaluations.js"),
+  upload: () => import("./views/upload.js"),
 };
 const LOOK_EVERY_S = 15; // at /readyz
 const THEMES = ["auto", "light", "dark"];
@@ -48,14 +54,15 @@ async function navigate() {
   main.setAttribute("aria-busy", "true");
   try {
     if (!load) {
-      show(main, empty("There is no such page", h("a", { class: "button", href: "#/gallery" }, "Go to the gallery")));
+      show(main, emptyPage("There is no such page", h("a", { class: "button", href: "#/gallery" }, "Go to the gallery")));
       return;
     }
     const view = await load();
     if (signal.aborted) return;
     show(main);
     document.title = `${route.name[0].toUpperCase()}${route.name.slice(1)} · invprop`;
-    await view.show(main, { ...route, signal });
+    const shown = () => !signal.aborted && main.removeAttribute("aria-busy");
+    await view.show(main, { ...route, signal, shown });
     if (!signal.aborted && places.has(here)) scrollTo(0, places.get(here));
   } catch (error) {
     if (signal.aborted) return;
@@ -69,10 +76,10 @@ async function navigate() {
 /** An error as the person should read it. */
 function failure(problem) {
   const again = h("button", { type: "button", class: "button", onclick: navigate }, "Try again");
-  if (problem.status === 401) return empty("An API key is needed", "Enter it to go on; it is kept until this tab is closed.", h("button", { type: "button", class: "button", onclick: () => askForKey(problem.document) }, "Enter the key"));
-  if (problem.status === 404) return empty("Not found", problem.message, h("a", { class: "button", href: "#/gallery" }, "Go to the gallery"));
-  if (problem.code === "not_ready") return empty("The service is not ready yet", problem.message, "The page goes on by itself when it is.");
-  return empty(problem.status ? problem.document.title ?? "That did not work" : "No connection", problem.message, again);
+  if (problem.status === 401) return emptyPage("An API key is needed", "Enter it to go on; it is kept until this tab is closed.", h("button", { type: "button", class: "button", onclick: () => askForKey(problem.document) }, "Enter the key"));
+  if (problem.status === 404) return emptyPage("Not found", problem.message, h("a", { class: "button", href: "#/gallery" }, "Go to the gallery"));
+  if (problem.code === "not_ready") return emptyPage("The service is not ready yet", problem.message, "The page goes on by itself when it is.");
+  return emptyPage(problem.status ? problem.document.title ?? "That did not work" : "No connection", problem.message, again);
 }
 
 let asking = null;

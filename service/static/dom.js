@@ -84,8 +84,12 @@ export function save(name, content, type = "text/plain;charset=utf-8") {
 }
 
 /** What stands where nothing is: a sentence, and what to do. */
-export const empty = (title, ...more) =>
-  h("section", { class: "empty" }, h("h2", null, title), more.map((m) => (typeof m === "string" ? h("p", null, m) : m)));
+export const empty = (title, ...more) => emptyUnder("h2", title, more);
+/** The same as all there is of a view. */
+export const emptyPage = (title, ...more) => emptyUnder("h1", title, more);
+
+const emptyUnder = (heading, title, more) =>
+  h("section", { class: "empty" }, h(heading, null, title), more.map((m) => (typeof m === "string" ? h("p", null, m) : m)));
 
 /** A modal dialog with a title; closed by Escape, its button, or a click beside it. */
 export function dialog(title, ...content) {

@@ -11,7 +11,7 @@ const KEYS = [
   ["/", "search by id or field=value"],
   ["Ctrl V", "search with the image in the clipboard"],
   ["?", "this help"],
-  ["← →  ↓  u", "duplicates: drop the right or left one, keep both, undo"],
+  ["← →  ↓  u", "duplicates: keep the left or the right one, keep both, undo"],
   ["+ −  arrows", "map: zoom and move; Shift and drag selects"],
 ];
 

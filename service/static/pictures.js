@@ -36,7 +36,7 @@ export function forget(ids) {
 
 function next() {
   while (running < AT_ONCE && waiting.length) {
-    const job = waiting.pop(); // the newest first: what is on screen now
+    const job = waiting.shift();
     if (job.signal?.aborted) {
       job.reject(job.signal.reason);
       continue;
@@ -80,10 +80,19 @@ export function placeholder(id) {
   return h("span", { class: "placeholder", style: { "--tint": String(tint) }, title: `${id} came as a vector: no picture is kept` }, h("span", null, shortName(id)));
 }
 
-/** A square (or, with `whole`, uncut) thumbnail that loads by itself until `signal` aborts. */
+const near = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) continue;
+    near.unobserve(target);
+    loaders.get(target)?.();
+  }
+}, { rootMargin: "400px" });
+const loaders = new WeakMap(); // element -> what loads its picture
+
+/** A square (or, with `whole`, uncut) thumbnail that loads when it is near the window, until `signal` aborts. */
 export function thumbnail(id, signal, { whole = false } = {}) {
   const box = h("span", { class: whole ? "picture whole" : "picture", "aria-hidden": "true" });
-  picture(id, signal).then(
+  loaders.set(box, () => picture(id, signal).then(
     (url) => {
       if (signal?.aborted) return;
       if (url === null) box.append(placeholder(id));
@@ -91,6 +100,8 @@ export function thumbnail(id, signal, { whole = false } = {}) {
       box.classList.add("there");
     },
     () => !signal?.aborted && box.classList.add("failed"),
-  );
+  ));
+  near.observe(box);
+  signal?.addEventListener("abort", () => near.unobserve(box));
   return box;
 }

@@ -4,6 +4,7 @@ What any page writes to its console, asks of another host or throws is collected
 `page` and fails its test.
 """
 
+import base64
 import io
 import json
 import tarfile
@@ -65,8 +66,6 @@ def _png(image: Any) -> bytes:
 
 def add(url: str, items: list[tuple[str, bytes, dict[str, Any]]]) -> None:
     """Put pictures into a gallery by NDJSON, which leaves every id as it is."""
-    import base64
-
     lines = [
         json.dumps({"id": i, "image": base64.b64encode(content).decode(), "metadata": metadata})
         for i, content, metadata in items
@@ -107,6 +106,16 @@ def browser() -> Iterator[Any]:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield running
         running.close()
+
+
+def until(page: Any, expression: str) -> Any:
+    """The expression's value as soon as it is true. Playwright's own wait_for_function evaluates
+    in the page, which the content policy forbids."""
+    for _ in range(100):
+        if value := page.evaluate(expression):
+            return value
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never became true: {expression}")
 
 
 class Visit:

@@ -6,7 +6,7 @@ from typing import Any
 
 from playwright.sync_api import expect
 
-from tests.browser.conftest import COUNT, HOSTILE
+from tests.browser.conftest import COUNT, HOSTILE, until
 
 
 def address(item_id: str, tab: str = "") -> str:
@@ -22,7 +22,7 @@ def test_gallery__shows_pictures_and_says_how_many(visit: Any) -> None:
     page.mouse.wheel(0, 100_000)
     page.wait_for_selector(".grid img")
     expect(page.locator(".tally")).to_have_text(f"{COUNT + 41} items")  # the rest came by cursor
-    page.wait_for_function("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
+    until(page, "[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
 
 
 def test_gallery__filters_by_what_its_metadata_hold(visit: Any, pictures: Any) -> None:

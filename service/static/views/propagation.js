@@ -103,7 +103,7 @@ function rings(figure, side, anchor, members, signal) {
       svg("circle", { r: CENTRE + (i + 1) * gap }),
       svg("text", { x: 0, y: -(CENTRE + (i + 1) * gap) - SPREAD - 10, "text-anchor": "middle" }, `hop ${i + 1}`),
     ])), lines, dots);
-  const caption = h("figcaption", { role: "status" });
+  const caption = h("figcaption", { "aria-live": "polite" });
   put(figure, drawing, caption);
   if (anchor !== null) dots.append(node(anchor, CENTRE, "The anchor: "));
   else dots.append(svg("circle", { class: "query", r: CENTRE - 8 }));

@@ -3,7 +3,7 @@
 // an address of one that is gone says so.
 
 import { Problem, ask, limit, query, request } from "../api.js";
-import { choice, empty, h, plural, show as put, slider } from "../dom.js";
+import { choice, empty, emptyPage, h, plural, show as put, slider } from "../dom.js";
 import { Grid, similarity, wholeList } from "../grid.js";
 import { showPropagation } from "./propagation.js";
 
@@ -25,7 +25,7 @@ export const rememberList = (ids, title) => keep({ ids, title });
 export async function show(main, { name, parts, values, signal }) {
   const found = kept.get(Number(parts.at(-1)));
   if (name === "list") return showList(main, found, signal);
-  if (!found?.images) return put(main, empty("Search with an image", "Drop one anywhere on this page, paste it, or choose a file. Images are searched with, not kept: after a reload they have to be given again.", chooseButton()));
+  if (!found?.images) return put(main, emptyPage("Search with an image", "Drop one anywhere on this page, paste it, or choose a file. Images are searched with, not kept: after a reload they have to be given again.", chooseButton()));
   const most = await limit("max_images");
   const images = found.images.slice(0, most);
   const strip = h("div", { class: "strip", role: "group", "aria-label": "Searched images" });
@@ -89,7 +89,7 @@ const propagate = (panel, image, values, signal) =>
   showPropagation(panel, { values, signal, body: (options) => send("groups", image, options, signal) });
 
 function showList(main, found, signal) {
-  if (!found?.ids) return put(main, empty("This selection is gone", "Selections are kept in the tab that made them. Make a new one on the map.", h("a", { class: "button", href: "#/map" }, "Go to the map")));
+  if (!found?.ids) return put(main, emptyPage("This selection is gone", "Selections are kept in the tab that made them. Make a new one on the map.", h("a", { class: "button", href: "#/map" }, "Go to the map")));
   const grid = new Grid({ list: wholeList(found.ids.map((id) => ({ id }))), signal, label: "Selected items" });
   put(main, h("div", { class: "head" }, h("h1", null, found.title), h("p", { class: "tally" }, plural(found.ids.length, "item"))), grid.element);
   grid.draw();
