@@ -52,6 +52,7 @@ ROOMS = {
         ("service", "trainer.representation"), names("pymilvus numpy")
     ),
     "client": Room(("client",), names("numpy PIL")),
+    "client/output.py": Room(("client",), names("pyarrow")),
     "client/progress.py": Room(("client",), names("tqdm")),
     "client/tables.py": Room(("client",), names("pandas")),
     "client/transport.py": Room(("client",), names("httpx2")),
