@@ -30,7 +30,7 @@ from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
 from service.gallery.logged import LoggedGallery
-from service.gallery.milvus_gallery import MilvusGallery
+from service.gallery.milvus_gallery import MilvusGallery, open_store
 from service.gallery.oplog import OperationsLog
 from service.gallery.protocol import (
     Applied,
@@ -415,18 +415,11 @@ class Runtime:
         settings = self.settings
         assert settings.gallery is not None
         try:
-            from service.gallery.milvus import Store  # an extra: most services have no Milvus
-        except ImportError as error:
-            raise GalleryError(
-                "a gallery in Milvus wants pymilvus: install invprop[service,milvus]"
-            ) from error
-        try:
             settings.state.mkdir(parents=True, exist_ok=True)  # groupings are kept there
-            store = Store(settings.gallery.get_secret_value())
-        except (StorageError, OSError) as error:
-            raise GalleryError(str(error)) from error
+        except OSError as error:
+            raise GalleryError(f"{settings.state}: {error.strerror}") from error
         return MilvusGallery(
-            store,
+            open_store(settings.gallery.get_secret_value()),
             model_id=bundle.model_id,
             dim=bundle.embedding_dim,
             imported=bundle.gallery,

@@ -108,18 +108,6 @@ class Store:
             for collection in (self.facts, self.items):
                 self._client.load_collection(collection, timeout=self._timeout_s)
 
-    def index(self) -> str:
-        """Milvus' type of the index over the vectors."""
-        with self._reported("cannot be read"):
-            found = self._client.describe_index(self.items, "vector", timeout=self._timeout_s)
-        return str((found or {}).get("index_type"))
-
-    def dim(self) -> int:
-        """Numbers of a vector of the items' collection."""
-        with self._reported("cannot be read"):
-            found = self._client.describe_collection(self.items, timeout=self._timeout_s)
-        return int(next(f for f in found["fields"] if f["name"] == "vector")["params"]["dim"])
-
     def query(
         self, collection: str, expression: str, fields: Sequence[str], *, limit: int = MAX_ROWS
     ) -> list[dict[str, Any]]:

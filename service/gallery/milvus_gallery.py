@@ -56,6 +56,24 @@ _Waiting = tuple[Change, "Future[Applied]"]
 _log = structlog.get_logger("service.gallery")
 
 
+def open_store(url: str) -> "Store":
+    """Connect to the collections that a milvus:// URL names.
+
+    Raises:
+        GalleryError: the URL is none, Milvus is away, or pymilvus is not installed.
+    """
+    try:
+        from service.gallery.milvus import Store  # an extra: most services have no Milvus
+    except ImportError as error:
+        raise GalleryError(
+            "a gallery in Milvus wants pymilvus: install invprop[service,milvus]"
+        ) from error
+    try:
+        return Store(url)
+    except StorageError as error:
+        raise GalleryError(str(error)) from error
+
+
 class MilvusGallery:
     """Items in a Milvus collection, behind protocol.Gallery.
 

@@ -69,7 +69,7 @@ class Milvus:
 @pytest.fixture(scope="session")
 def milvus() -> Iterator[Milvus]:
     """A server with no collection of ours."""
-    program = _installed()
+    program = installed()
     directory = Path(tempfile.mkdtemp(prefix="invprop-milvus-"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -92,7 +92,7 @@ def new_collection(milvus: Milvus) -> Callable[[], str]:
     return lambda: milvus.url(f"gallery_{next(_numbers)}")
 
 
-def _installed() -> Path:
+def installed() -> Path:
     """The program of milvus-lite, installed where it is not yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "invprop-tests"
     name = "-".join((*PACKAGES, f"{sys.version_info[0]}.{sys.version_info[1]}"))
