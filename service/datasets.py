@@ -16,10 +16,10 @@ import structlog
 
 from service.dataset_description import Description, describe
 from service.dataset_file import RegisteredDataset, RegistryError, read_registry
-from service.settings import Settings, datasets_file
+from service.settings import Settings, from_environment
 
 RECHECK_S = 1.0  # how often the file is looked at, at most
-SOUND, PROBLEMS, UNREADABLE = 0, 1, 2
+SOUND, PROBLEMS, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
 
 __all__ = ["RegisteredDataset", "Registry", "RegistryError", "UnknownDataset", "open_registry"]
 
@@ -135,32 +135,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     parser.add_argument("--no-images", action="store_true", help="do not decode images")
     given = parser.parse_args(arguments)
-    file = given.datasets or datasets_file()
+    file = given.datasets or from_environment("datasets")
     if file is None:
         return _fail("give --datasets FILE or set INVPROP_DATASETS")
     try:
-        datasets = open_registry(file).all()
+        datasets = open_registry(Path(file)).all()
     except RegistryError as error:
         return _fail(str(error))
+    try:
+        return _check(datasets, images=not given.no_images, as_json=given.json)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _check(datasets: Sequence[RegisteredDataset], *, images: bool, as_json: bool) -> int:
     found = []
     for dataset in datasets:
-        found.append(_checked(dataset, images=not given.no_images))
-        if not given.json:
+        found.append(_checked(dataset, images=images))
+        if not as_json:
             sys.stdout.write(_line(found[-1]))
             sys.stdout.flush()
     sound = all(each["problem"] is None for each in found)
-    if given.json:
+    if as_json:
         answer = orjson.dumps({"sound": sound, "datasets": found}, option=orjson.OPT_APPEND_NEWLINE)
         sys.stdout.write(answer.decode())
     return SOUND if sound else PROBLEMS
 
 
 def _checked(dataset: RegisteredDataset, *, images: bool) -> dict[str, Any]:
-    fields = Settings.model_fields
+    asked = from_environment("dataset_memory_bytes")
+    default: int = Settings.model_fields["dataset_memory_bytes"].default
     found = describe(
         dataset.spec(),
         timeout_s=None,  # a person waits, and has Ctrl-C
-        memory_bytes=fields["dataset_memory_bytes"].default,
+        memory_bytes=default if asked is None else int(asked),
         images=images,
     )
     facts: dict[str, Any] = {"name": dataset.name, "kind": dataset.kind, "problem": None}
@@ -191,9 +199,9 @@ def _line(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = UNREADABLE) -> int:
     sys.stderr.write(f"error: {message}\n")
-    return UNREADABLE
+    return code
 
 
 if __name__ == "__main__":

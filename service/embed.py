@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _WrongUse(Exception):
-    """Settings that do not go; says which."""
+    """Settings that do not go here; says which."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -90,7 +90,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _embed(given: argparse.Namespace) -> int:
     settings = _settings(given)
     source = open_source(given.source, column=given.column, images=given.images)
-    embedder = load_embedder(open_bundle(given.bundle), settings)
+    try:
+        embedder = load_embedder(open_bundle(given.bundle), settings)
+    except EmbedderError as error:  # a precision or provider that is not there
+        raise _WrongUse(str(error)) from error
     plan = _plan(given, source, embedder)
     with Output(given.output, plan) as output:
         for problem in output.damaged:

@@ -19,7 +19,7 @@ from service.gallery.changes import imported
 from service.gallery.database import Database
 from service.gallery.oplog import open_active
 from service.gallery.protocol import GalleryError, StorageError
-from service.settings import database_url
+from service.settings import from_environment
 from trainer.representation.bundle import Bundle, BundleError, open_bundle
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -37,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, help="state directory of the stopped service")
     parser.add_argument("--database", help="its postgresql:// URL, where it has one")
     given = parser.parse_args(arguments)
-    url = given.database or database_url()
+    url = given.database or from_environment("database")
+    if from_environment("gallery") is not None:
+        return _fail(
+            "INVPROP_GALLERY is set: a gallery in Milvus has no log to load into; add its items "
+            "through the service (python -m client add)",
+            WRONG_USE,
+        )
     if given.state is None and url is None:
         return _fail("give --state DIR, --database URL or both, as the service has them", WRONG_USE)
     try:

@@ -370,15 +370,10 @@ class Settings(BaseSettings):
         return self.decoder_processes or min(4, usable_cores())
 
 
-def datasets_file() -> Path | None:
-    """`datasets` as the environment has it, for a program that serves nothing."""
-    value = os.environ.get(f"{ENV_PREFIX}DATASETS")
-    return Path(value) if value else None
-
-
-def database_url() -> str | None:
-    """`database` as the environment has it, for a program that serves nothing."""
-    return os.environ.get(f"{ENV_PREFIX}DATABASE") or None
+def from_environment(setting: str) -> str | None:
+    """A setting as the environment has it, for programs that serve nothing; None: not at all."""
+    assert setting in Settings.model_fields
+    return os.environ.get(f"{ENV_PREFIX}{setting.upper()}") or None
 
 
 def usable_cores() -> int:

@@ -9,6 +9,8 @@ be sound with exactly the items that were embedded. Fails (exit 1) with what is 
 """
 
 import argparse
+import contextlib
+import io
 import random
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from service import embed, load
 from service.bulk.parts import MANIFEST, read_manifest, read_parts
 from service.check import check
 from service.gallery.database import Database
@@ -56,13 +59,13 @@ def prove(folder: Path, kills: int, seed: int) -> Counter[str]:
             seen["parts seen"] += _check_parts(output)
         _run(_embed(photos, bundle, output))
         _compare(output, reference)
-        load = ["load", str(output), "--bundle", str(bundle), "--state", str(state)]
+        loading = ["load", str(output), "--bundle", str(bundle), "--state", str(state)]
         for _ in range(each):
-            if not _killed(load, state, draw, seen):
+            if not _killed(loading, state, draw, seen):
                 break
             if (state / "begun").exists():
                 seen["items seen"] += _check_gallery(state)
-        _run(load)
+        _run(loading)
         assert _check_gallery(state) == good + BUNDLED
         seen["rounds"] += 1
     return seen
@@ -76,9 +79,12 @@ def _embed(photos: Path, bundle: Path, output: Path) -> list[str]:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-m", f"service.{arguments[0]}", *arguments[1:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """To its end, in this process."""
+    said = io.StringIO()
+    main_of = {"embed": embed.main, "load": load.main}[arguments[0]]
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = main_of(arguments[1:])
+    assert code == 0, said.getvalue()
 
 
 def _killed(
@@ -136,7 +142,9 @@ def _compare(output: Path, reference: Path) -> None:
 def _check_gallery(state: Path) -> int:
     database = Database(state)  # takes back what was under way
     database.close()
-    report = check(Database(state, make=False))
+    database = Database(state, make=False)
+    report = check(database)
+    database.close()
     assert report.is_sound, report.problems
     return sum(gallery.items for gallery in report.galleries)
 

@@ -222,6 +222,22 @@ def test_check__of_a_wrong_file_or_none(
     assert "error: give --datasets FILE" in capsys.readouterr().err
 
 
+def test_check__that_is_interrupted_says_so(
+    two: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def interrupted(spec: Any, *, memory_bytes: int, **_: Any) -> Description:
+        asked.append(memory_bytes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets, "describe", interrupted)
+    monkeypatch.setenv("INVPROP_DATASET_MEMORY_BYTES", "1000000000")
+    assert datasets.main(["check", "--datasets", str(two)]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert asked == [1_000_000_000]
+
+
 def test_check__with_the_trainers_own_readers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

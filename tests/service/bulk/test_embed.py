@@ -176,7 +176,7 @@ def test_embed__of_no_source_no_bundle_or_a_precision_that_is_not_there(
     assert "does not exist" in capsys.readouterr().err
     assert run(tmp_path / "out", bundle=tmp_path) == 2
     assert "manifest.json is missing" in capsys.readouterr().err
-    assert run(tmp_path / "out", "--precision", "int8") == 1
+    assert run(tmp_path / "out", "--precision", "int8") == 2
     assert "precision = int8 was asked for" in capsys.readouterr().err
 
 

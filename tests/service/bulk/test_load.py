@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from service import load
 from service.bulk import loading
 from service.bulk.parts import Output, Plan
-from service.check import check
+from service.check import Report, check
 from service.gallery.database import Database
 from service.gallery.protocol import StorageError
 from tests.service.conftest import DIM, IMAGES, Service, unit_rows
@@ -46,6 +46,14 @@ def write_vectors(
     return directory
 
 
+def checked(state: Path) -> Report:
+    database = Database(state, make=False)
+    try:
+        return check(database)
+    finally:
+        database.close()
+
+
 @pytest.fixture
 def run(bundle: Bundle, tmp_path: Path) -> Callable[..., int]:
     """run(directory, state=..., bundle=...) -> the exit code of service.load."""
@@ -76,7 +84,7 @@ def test_load__the_gallery_answers_neighbours(
             wanted = np.sort(everything @ query)[::-1][:4]
             np.testing.assert_allclose([each["similarity"] for each in row], wanted, atol=1e-5)
         assert [row[0]["id"] for row in results] == [f"new/{i:02d}" for i in range(5)]
-    assert check(Database(tmp_path / "state", make=False)).is_sound
+    assert checked(tmp_path / "state").is_sound
 
 
 def test_load__again_changes_nothing(
@@ -154,7 +162,7 @@ def test_load__lets_the_pictures_of_replaced_items_go(
         answer = service.client.post("/items", files=[("images", ("new/00", picture(1)))])
         assert answer.json()["added"] == 1
     assert run(write_vectors(tmp_path / "out", bundle)) == 0
-    report = check(Database(tmp_path / "state", make=False))
+    report = checked(tmp_path / "state")
     assert report.is_sound, report.problems
     assert report.pictures == 0
 
@@ -191,7 +199,7 @@ def test_load__of_a_vector_that_has_no_unit_length_writes_nothing_of_its_part(
     vectors[25] *= spoilt
     assert run(write_vectors(tmp_path / "out", bundle, vectors)) == 2
     assert "part-00001: the vector of 'new/25' has the length" in capsys.readouterr().err
-    (gallery,) = check(Database(tmp_path / "state", make=False)).galleries
+    (gallery,) = checked(tmp_path / "state").galleries
     assert gallery.items == IMAGES + PART
 
 
@@ -214,5 +222,9 @@ def test_load__into_a_state_in_use_or_of_another_model_is_refused(
     monkeypatch.delenv("INVPROP_DATABASE", raising=False)
     assert load.main([str(directory), "--bundle", str(bundle.directory)]) == 2
     assert "give --state DIR, --database URL or both" in capsys.readouterr().err
+    monkeypatch.setenv("INVPROP_GALLERY", "milvus://127.0.0.1:19530/photos")
+    assert run(directory) == 2
+    assert "a gallery in Milvus has no log to load into" in capsys.readouterr().err
+    monkeypatch.delenv("INVPROP_GALLERY")
     assert run(tmp_path) == 2
     assert "wanted a directory that python -m service.embed wrote" in capsys.readouterr().err
