@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("deploy/setup", "deploy/quickstart", "tests/run", ".ci/run")
+SCRIPTS = (
+    "deploy/setup",
+    "deploy/quickstart",
+    "deploy/backup",
+    "deploy/restore",
+    "tests/run",
+    ".ci/run",
+)
 
 # Put together here, so that this file does not hold them itself.
 MACHINE_PATHS = re.compile("|".join(("/" + "work/", "/" + "root/", "/" + "home/\\w", "/" + "tmp/")))
