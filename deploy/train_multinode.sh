@@ -17,7 +17,12 @@ python=${PYTHON:-$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)/.venv
 processes=${PROCESSES:-$(command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus | wc -l || echo 1)}
 address=$MASTER
 [[ $address == *:* ]] || address=$address:29500
+# torchrun knows host 0 by its host name alone; an address of another interface would leave nobody to meet at.
+is_host=false
+for one in $(getent ahosts "${address%:*}" | awk '{ print $1 }' | sort -u); do
+  case " $(hostname -I) 127.0.0.1 ::1 " in *" $one "*) is_host=true ;; esac
+done
 if [ -n "${INTERFACE:-}" ]; then export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE; fi
 
 exec "$python" -m torch.distributed.run --nnodes="$HOSTS" --nproc-per-node="$processes" --max-restarts="${RESTARTS:-3}" \
-  --rdzv-backend=c10d --rdzv-endpoint="$address" --rdzv-id="${RUN:-invprop}" -m trainer.run "$@"
+  --rdzv-backend=c10d --rdzv-endpoint="$address" --rdzv-conf="is_host=$is_host" --rdzv-id="${RUN:-invprop}" -m trainer.run "$@"
