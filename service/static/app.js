@@ -46,8 +46,10 @@ async function navigate() {
   }
   for (const link of at("views").children) {
     const isHere = link.getAttribute("href") === `#/${route.name}`;
-    if (isHere) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (isHere) {
+      link.setAttribute("aria-current", "page");
+      link.parentElement.scrollLeft = link.offsetLeft - 24; // on a phone not all views fit
+    } else link.removeAttribute("aria-current");
   }
   const load = VIEWS[route.name];
   main.className = `view ${load ? route.name : ""}`;
