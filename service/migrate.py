@@ -133,6 +133,7 @@ def to_milvus(
             store.make_facts()
             with _holding(store) as hold:
                 state = _filled(store, _filling(store, row, index), ours, hold=hold, say=say)
+                store.seal()
                 count = store.count()
                 compare(ours, _snapshot(store, replace(state, version=row.last_seq, items=count)))
                 if log.refresh().last_seq != row.last_seq:

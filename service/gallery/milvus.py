@@ -30,6 +30,7 @@ _TYPES: Mapping[Index, tuple[str, Mapping[str, Any]]] = {
     "hnsw": ("HNSW", {"M": 32, "efConstruction": 200}),
     "gpu_cagra": ("GPU_CAGRA", {"intermediate_graph_degree": 64, "graph_degree": 32}),
 }
+SEAL_S = 600.0  # the index of a large collection is built meanwhile
 HNSW_EFFORT = 128  # breadth of a search at least; recall@10 of 0.95 and more is measured with it
 
 # It writes expressions, which hold callers' ids, and whole traces into the log.
@@ -107,6 +108,12 @@ class Store:
         with self._reported("cannot be loaded"):
             for collection in (self.facts, self.items):
                 self._client.load_collection(collection, timeout=self._timeout_s)
+
+    def seal(self) -> None:
+        """Have Milvus lay the items that were written under their index: until it has, it looks at
+        each of them. It does so by itself sooner or later; after many at once, sooner is better."""
+        with self._reported("cannot be sealed"):
+            self._client.flush(self.items, timeout=SEAL_S)
 
     def query(
         self, collection: str, expression: str, fields: Sequence[str], *, limit: int = MAX_ROWS

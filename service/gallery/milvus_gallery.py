@@ -250,6 +250,7 @@ class MilvusGallery:
             )
         ]
         self._store.upsert(self._store.items, rows)
+        self._store.seal()
         state = replace(
             self._first, version=len(rows), reserved=len(rows), items=len(rows), ready=True
         )
