@@ -166,7 +166,7 @@ class Client:
                 at a time; client.progress.meter() makes one that draws.
 
         Files that cannot be read, are not called like pictures or are rejected by the service are
-        listed in `refused`; those that were rejected are not sent again unless they change.
+        listed in `refused`, and tried again by the next call.
 
         Raises:
             FolderNotAdded: the journal is in use, damaged, or of another folder or gallery.

@@ -183,16 +183,12 @@ class _Job:
         )
 
     def _is_answered(self, file: FileInFolder) -> bool:
-        kept = self.book.kept
-        sent = kept.answered.get(file.id)
+        sent = self.book.kept.answered.get(file.id)
         if sent is None or sent != _as_it_is(file):
             return False
-        if file.id in kept.refused:
-            self._refuse(file.id, kept.refused[file.id])
-        else:
-            with self._lock:
-                self._already += 1
-                self._tell(1)
+        with self._lock:
+            self._already += 1
+            self._tell(1)
         return True
 
     def _read(self, file: FileInFolder) -> _Line:

@@ -46,7 +46,6 @@ class Kept:
 
     head: dict[str, Any] = field(default_factory=dict)
     answered: dict[str, Sent] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)  # id -> why, among the answered
     begun: dict[str, Begun] = field(default_factory=dict)
     gallery_version: int = 0  # the newest that was answered
 
@@ -165,11 +164,12 @@ def _take(kept: Kept, line: dict[str, Any], *, first: bool) -> None:
         kept.begun[line["begin"]] = Begun(line["begin"], files)
     else:
         part = kept.begun.pop(line["end"])
-        refused = {str(i): str(reason) for i, reason in line["refused"].items()}
+        refused = set(line["refused"])
+        # A file that was refused is sent again by the next call: a decoder that was killed or had
+        # too little time refuses a picture that is good.
         for sent in part.files:
-            kept.answered[sent.id] = sent
-            kept.refused.pop(sent.id, None)
-        kept.refused |= refused
+            if sent.id not in refused:
+                kept.answered[sent.id] = sent
         kept.gallery_version = max(kept.gallery_version, int(line["version"]))
 
 

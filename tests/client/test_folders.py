@@ -198,7 +198,7 @@ def test_add_folder__what_is_no_picture_is_listed(
     requests = len(kept.received)
     again = service.add_folder(folder)
     assert (again.refused, again.already) == (done.refused, 7)
-    assert len(kept.received) == requests  # what was rejected is not sent again either
+    assert kept.received[requests:] == [["b/cut.png"]]  # a busy decoder may have refused it
 
 
 def test_add_folder__a_name_that_is_not_utf8(kept: Kept, service: Any, folder: Path) -> None:

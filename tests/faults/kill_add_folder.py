@@ -72,6 +72,12 @@ def prove(folder: Path, *, images: int, kills: int, seed: int) -> Counter[str]:
                     seen["parts that were on their way"] += len(book.kept.begun)
         with Client(url) as client:
             done = client.add_folder(photos)
+            # A decoder that got no processor for long refuses a picture: as a user would, again.
+            for _ in range(10):
+                seen["refused and added again"] += len(done.refused)
+                if not done.refused:
+                    break
+                done = client.add_folder(photos)
             after = client.info()
             ids = Counter(item.id for item in client.items(page_size=1000))
         wanted_ids = {path.relative_to(photos).as_posix() for path in photos.rglob("*.png")}
@@ -79,7 +85,7 @@ def prove(folder: Path, *, images: int, kills: int, seed: int) -> Counter[str]:
             raise AssertionError(f"{len(lost)} pictures are missing, {sorted(lost)[:3]} among them")
         if max(ids.values()) != 1 or len(ids) != images + before.gallery["items"]:
             raise AssertionError(f"{len(ids)} items, wanted {images} more than before, each once")
-        if done.refused or done.already + done.added + done.updated != images:
+        if done.already + done.added + done.updated != images:
             raise AssertionError(f"the last call says {done}")
         written = after.gallery_version - before.gallery_version
         seen["written twice"] = written - images
