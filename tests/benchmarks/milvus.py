@@ -95,6 +95,9 @@ def measured(
                 ],
             )
         store.seal()
+        # milvus-lite builds the index later and says nothing of it; loading again waits for it.
+        store._client.release_collection(store.items)
+        store._client.load_collection(store.items, timeout=600)
         wrote_s = time.perf_counter() - began
         count = store.count()
         snapshot = MilvusSnapshot(
