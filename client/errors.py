@@ -14,12 +14,16 @@
         ├── ItemNotFound          item_not_found          no item of this id
         ├── ModelNotFound         model_not_found         no model of this name
         ├── GroupingNotFound      grouping_not_found      no grouping or group of this name
+        ├── DatasetNotFound       dataset_not_found       no data set of this name is registered
+        ├── EvaluationNotFound    evaluation_not_found    no evaluation of this id
         ├── MapNotFound           map_not_found           no map of that version is kept
         ├── MethodNotAllowed      method_not_allowed      the route has no such method
         ├── RequestTimeout        request_timeout         the request arrived too slowly
         ├── IdempotencyConflict   idempotency_conflict    one key, two different requests
         ├── PictureNotFound       picture_not_found       an item without a picture
         ├── PictureDamaged        picture_damaged         a picture that is not what was stored
+        ├── EvaluationNotReady    evaluation_not_ready    it has no report (yet)
+        ├── NoSuchWorker          no_such_worker          nobody there could run the evaluation
         ├── GroupingNotReady      grouping_not_ready      it is still computed, or it failed
         ├── ModelMismatch         model_mismatch          vectors of another model
         ├── BodyTooLarge          body_too_large          more bytes than allowed
@@ -214,6 +218,30 @@ class RequestTimeout(ServiceError):
 
 class IdempotencyConflict(ServiceError):
     known_code = "idempotency_conflict"
+
+
+class DatasetNotFound(ServiceError):
+    """No data set of this name is registered; datasets() lists them."""
+
+    known_code = "dataset_not_found"
+
+
+class EvaluationNotFound(ServiceError):
+    """There is no evaluation of this id."""
+
+    known_code = "evaluation_not_found"
+
+
+class EvaluationNotReady(ServiceError):
+    """The evaluation has no report: it has not ended, or not well."""
+
+    known_code = "evaluation_not_ready"
+
+
+class NoSuchWorker(ServiceError):
+    """No worker that could run the evaluation was seen lately, such as one with a GPU."""
+
+    known_code = "no_such_worker"
 
 
 class GroupingNotReady(ServiceError):

@@ -270,6 +270,13 @@ class Evaluation:
 
     id: str
     status: str  # "queued", "running", "succeeded", "failed", "cancelled" or "lost"
+    protocol: str | None = None
+    dataset: str | None = None
+    settings: Json | None = None
+    seed: int | None = None
+    model: str | None = None  # model_id of the encoder that is evaluated
+    queue: str | None = None  # "cpu" or "gpu"
+    waiting_for: str | None = None  # what is missing, where it is queued in vain
     progress: Json | None = None  # stage, done, total
     attempts: int | None = None
     created_at: Any = None

@@ -29,6 +29,12 @@ GROUPINGS = Route("GET", "/groupings")
 GROUPING = Route("GET", "/groupings/{grouping}")
 GROUPING_GROUPS = Route("GET", "/groupings/{grouping}/groups")
 GROUPING_MEMBERS = Route("GET", "/groupings/{grouping}/groups/{group}")
+DATASETS = Route("GET", "/datasets")
+SUBMIT = Route("POST", "/evaluations", repeatable=False)
+EVALUATIONS = Route("GET", "/evaluations")
+EVALUATION = Route("GET", "/evaluations/{evaluation}")
+CANCEL = Route("DELETE", "/evaluations/{evaluation}")
+EVENTS = Route("GET", "/evaluations/{evaluation}/events")
 ROUTES = (
     LIVE,
     READY,
@@ -48,15 +54,13 @@ ROUTES = (
     GROUPING,
     GROUPING_GROUPS,
     GROUPING_MEMBERS,
+    DATASETS,
+    SUBMIT,
+    EVALUATIONS,
+    EVALUATION,
+    CANCEL,
+    EVENTS,
 )
-
-DATASETS = Route("GET", "/datasets")
-SUBMIT = Route("POST", "/evaluations", repeatable=False)
-EVALUATIONS = Route("GET", "/evaluations")
-EVALUATION = Route("GET", "/evaluations/{evaluation}")
-CANCEL = Route("DELETE", "/evaluations/{evaluation}")
-EVENTS = Route("GET", "/evaluations/{evaluation}/events")
-EVALUATION_ROUTES = (DATASETS, SUBMIT, EVALUATIONS, EVALUATION, CANCEL, EVENTS)
 
 Output: TypeAlias = Literal["embedding", "features"]
 OnError: TypeAlias = Literal["raise", "skip"]

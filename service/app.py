@@ -18,6 +18,7 @@ from service.datasets import open_registry
 from service.embedder import Embedder
 from service.errors import install_handlers
 from service.gallery.protocol import Gallery
+from service.jobs import Jobs
 from service.keys import ApiKeys
 from service.observability import ObserveRequests
 from service.openapi import describe_admission
@@ -26,6 +27,7 @@ from service.routes import (
     datasets,
     docs,
     embed,
+    evaluations,
     groupings,
     groups,
     health,
@@ -70,7 +72,7 @@ def create_app(
     *,
     embedder: Embedder | None = None,
     gallery: Gallery | None = None,
-    jobs: None = None,
+    jobs: Jobs | None = None,
 ) -> FastAPI:
     """Make the application; it loads its parts when it starts.
 
@@ -78,13 +80,12 @@ def create_app(
         settings: None reads the environment.
         embedder: None loads the bundle's encoder.
         gallery: None opens the one of the state directory; one that is given is not closed here.
-        jobs: the place of the evaluations, which this version does not serve: None.
+        jobs: the table of evaluations; None opens that of the state directory or database.
 
     Raises:
         KeysError: the API keys cannot be read.
         RegistryError: the file of data sets cannot be read.
     """
-    del jobs  # typed None: there is nothing yet to pass
     if settings is None:
         settings = Settings()  # type: ignore[call-arg]  # the environment gives the rest
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
@@ -94,6 +95,7 @@ def create_app(
         gallery=gallery,
         keys=keys,
         datasets=open_registry(settings.datasets),
+        jobs=jobs,
     )
 
     @contextlib.asynccontextmanager
@@ -126,6 +128,7 @@ def create_app(
         groupings,
         map,
         datasets,
+        evaluations,
         openai,
         inference,
         info,

@@ -239,6 +239,29 @@ class Metrics:
             "Share (0..1) that is done of the kNN graph of the next version",
             registry=registry,
         )
+        self.evaluations = Gauge(
+            "invprop_evaluations",
+            "Evaluations by state, at the last sweep",
+            ["status"],
+            registry=registry,
+        )
+        self.evaluation_queue_age = Gauge(
+            "invprop_evaluation_queue_age_seconds",
+            "How long the evaluation waits that has waited longest",
+            ["queue"],
+            registry=registry,
+        )
+        self.evaluation_workers = Gauge(
+            "invprop_evaluation_workers",
+            "1 where a worker of the queue was seen lately",
+            ["queue"],
+            registry=registry,
+        )
+        self.evaluation_leases_expired = Counter(
+            "invprop_evaluation_leases_expired",
+            "Evaluations taken from workers that fell silent, by this process",
+            registry=registry,
+        )
         self.build_info = Gauge(
             "invprop_build_info",
             "1, with what is running as labels",

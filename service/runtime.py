@@ -25,8 +25,11 @@ from service.dataset_counts import counting
 from service.datasets import Registry
 from service.deadline import Deadline
 from service.decode import DecoderUnavailable
+from service.doorbell import BrokerError
+from service.embedded_worker import EmbeddedWorker
 from service.embedder import Embedder, EmbedderError
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
+from service.evaluations import Evaluations
 from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
 from service.gallery.logged import LoggedGallery
@@ -49,6 +52,7 @@ from service.gallery.protocol import (
 from service.graph_keeper import GraphKeeper
 from service.groupings import Groupings
 from service.images import ImagePath
+from service.jobs import Jobs
 from service.keys import ApiKeys
 from service.map import Maps
 from service.observability import Metrics, watch_event_loop
@@ -60,7 +64,14 @@ from trainer.representation.bundle import Bundle, BundleError, open_bundle
 Result = TypeVar("Result")
 CHECKS = ("model", "decoders", "gallery")
 # What stops a start with a message for the operator; anything else is a defect.
-START_ERRORS = (BundleError, EmbedderError, GalleryError, DecoderUnavailable)
+START_ERRORS = (
+    BundleError,
+    EmbedderError,
+    GalleryError,
+    StorageError,
+    BrokerError,
+    DecoderUnavailable,
+)
 
 _log = structlog.get_logger("service")
 
@@ -76,6 +87,7 @@ class Runtime:
         gallery: Gallery | None,
         keys: ApiKeys,
         datasets: Registry,
+        jobs: Jobs | None = None,
     ) -> None:
         self.settings = settings
         self.keys = keys
@@ -86,6 +98,9 @@ class Runtime:
         self.draining = False
         self.failure: Exception | None = None
         self.loaded = asyncio.Event()
+        self._jobs = jobs
+        self._evaluations: Evaluations | None = None
+        self._worker: EmbeddedWorker | None = None
         self._embedder = embedder
         self._gallery = gallery
         self._given_gallery = gallery is not None
@@ -134,6 +149,13 @@ class Runtime:
     def maps(self) -> Maps:
         """The maps of the gallery; a Problem while it is loading."""
         return self._beside[self._served()].maps
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """The evaluations; a Problem while they are loading."""
+        if self._evaluations is None:
+            raise self._loading()
+        return self._evaluations
 
     @property
     def bundle(self) -> Bundle | None:
@@ -365,6 +387,10 @@ class Runtime:
         if self._gallery is None and settings.gallery is not None:
             assert bundle is not None
             self._gallery = await asyncio.to_thread(self._open_milvus, bundle)
+        settings.state.mkdir(parents=True, exist_ok=True)
+        self._evaluations = await asyncio.to_thread(
+            Evaluations, settings, self.datasets, self.metrics, jobs=self._jobs
+        )
         if self._gallery is None:
             assert bundle is not None
             self._database = await asyncio.to_thread(
@@ -386,6 +412,8 @@ class Runtime:
         self._report_parts(serving)
         if self._database is not None:
             await asyncio.to_thread(clear_unfinished, self._database)
+        if settings.worker == "embedded":
+            self._worker = EmbeddedWorker(settings)
 
     def _image_path(self, embedder: Embedder) -> ImagePath:
         return ImagePath(embedder, settings=self.settings, metrics=self.metrics, rates=self.rates)
@@ -469,8 +497,12 @@ class Runtime:
             await self._switching
         self._ending.set()
         await asyncio.gather(*self._retiring.values())
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.close)
         if self._images is not None:
             await self._images.close()
+        if self._evaluations is not None:
+            await asyncio.to_thread(self._evaluations.close)
         await asyncio.to_thread(self.dataset_counts.close)
         await asyncio.to_thread(self._compute.close)
         for beside in self._beside.values():

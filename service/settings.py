@@ -257,6 +257,35 @@ class Settings(BaseSettings):
         description="YAML file of the labelled data sets that may be evaluated on, "
         "`NAME: {kind: ..., root: ...}`; read again when it changes.",
     )
+    broker: SecretStr | None = Field(
+        default=None,
+        description="redis://, rediss://, amqp:// or amqps:// URL through which workers are told "
+        "of evaluations; none: files in `state`, for workers on this host. Better in the "
+        "environment: a command line is seen by others.",
+    )
+    worker: Literal["none", "embedded"] = Field(
+        default="none",
+        description="`embedded`: the service starts a worker for evaluations on this host's CPU, "
+        "and ends it. None: start `celery -A service.worker worker -Q cpu` yourself.",
+    )
+    evaluations_pending: int = Field(
+        default=1000, ge=1, le=1_000_000, description="Evaluations queued or running; then 429."
+    )
+    evaluation_streams: int = Field(
+        default=64, ge=1, le=10_000, description="Streams of events at a time; then 429."
+    )
+    evaluation_lease_s: float = Field(
+        default=60.0,
+        ge=1,
+        le=3600,
+        description="A worker that was silent for so long has lost its evaluation to another.",
+    )
+    evaluation_timeout_s: float = Field(
+        default=6 * 3600.0, ge=1, le=30 * 86400, description="Wall time of one evaluation."
+    )
+    evaluation_memory_bytes: int = Field(
+        default=0, ge=0, description="Address space of an evaluation's process; 0: any."
+    )
     dataset_timeout_s: float = Field(
         default=600.0,
         gt=0,
@@ -352,6 +381,21 @@ class Settings(BaseSettings):
     def database_url(self) -> str | None:
         """The URL with its password; for the database alone."""
         return None if self.database is None else self.database.get_secret_value()
+
+    def broker_url(self) -> str | None:
+        """The URL with its password; for the broker alone."""
+        return None if self.broker is None else self.broker.get_secret_value()
+
+    def environment(self) -> dict[str, str]:
+        """All settings that are not the default as environment variables, secrets included."""
+        given = {}
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            given[f"{ENV_PREFIX}{name.upper()}"] = text
+        return given
 
     def resolved_inference_threads(self) -> int:
         """The number behind `inference_threads` on this machine."""

@@ -11,16 +11,15 @@ import contextlib
 import errno
 import fcntl
 import os
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import psycopg
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection
 
+from service.gallery.engines import postgresql_engine, reported, sqlite_engine
 from service.gallery.migration import is_of_version_1, migrate_from_1
 from service.gallery.protocol import GalleryError, StorageError
 from service.gallery.rows import galleries_of
@@ -29,11 +28,6 @@ from service.gallery.tables import SCHEMA, galleries, held, idempotency, metadat
 FILE_NAME = "operations.sqlite3"
 LOCK_NAME = "lock"
 BEGUN_NAME = "begun"  # stands beside the file once it holds a gallery
-BUSY_TIMEOUT_S = 30  # how long SQLite waits for another connection of this process
-CONNECT_TIMEOUT_S = 5
-# PostgreSQL: what is stuck longer is ended, so that it fails and is reported.
-STATEMENT_TIMEOUT_S = 120
-LOCK_TIMEOUT_S = 30
 # Names the lock under which everything is written; any number that nobody else uses.
 _WRITE_LOCK = 0x696E_7670_726F_7001  # "invprop", 1
 _SWITCH_LOCK = 0x696E_7670_726F_7002
@@ -65,9 +59,9 @@ class Database:
             self.name = str(directory / FILE_NAME)
             if not make and not (directory / FILE_NAME).is_file():
                 raise GalleryError(f"there is no gallery in {directory}: {FILE_NAME} is missing")
-            self._engine = _sqlite(directory / FILE_NAME)
+            self._engine = sqlite_engine(directory / FILE_NAME)
         else:
-            self._engine = _postgresql(url)
+            self._engine = postgresql_engine(url)
             at = self._engine.url  # neither user nor password nor options
             self.name = f"postgresql://{at.host or ''}:{at.port or 5432}/{at.database}"
         self._lock = _own(directory) if make and directory is not None else None
@@ -96,7 +90,7 @@ class Database:
         Raises:
             StorageError: the database is gone, busy or damaged.
         """
-        with self._reported("the gallery could not be read"), self._engine.begin() as connection:
+        with reported("the gallery could not be read"), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -107,7 +101,7 @@ class Database:
             StorageError: nothing was changed; or, where the connection broke at the very end, the
                 change is whole in the database or not there at all.
         """
-        with self._reported("the change was not stored"), self._engine.connect() as connection:
+        with reported("the change was not stored"), self._engine.connect() as connection:
             if self.is_shared:
                 with connection.begin():
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITE_LOCK)))
@@ -126,10 +120,10 @@ class Database:
         if not self.is_shared:  # the directory's lock says so already
             yield
             return
-        with self._reported("no switch was begun"):
+        with reported("no switch was begun"):
             connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         try:
-            with self._reported("no switch was begun"):
+            with reported("no switch was begun"):
                 lock = sa.select(sa.func.pg_try_advisory_lock(_SWITCH_LOCK))
                 if not connection.scalar(lock):
                     raise StorageError("another process is switching the gallery", full=False)
@@ -143,18 +137,6 @@ class Database:
         self._engine.dispose()
         if self._lock is not None:
             self._lock.close()
-
-    @contextlib.contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        # A damaged file may make SQLite say things that are no text.
-        except (sa.exc.DBAPIError, sqlite3.Error, psycopg.Error, UnicodeDecodeError) as error:
-            cause = str(getattr(error, "orig", error)).strip().replace("\n", "; ")
-            full = "full" in cause or "No space left" in cause
-            raise StorageError(f"{what}: {cause}", full=full) from error
-        except sa.exc.TimeoutError as error:  # every connection of the pool is taken
-            raise StorageError(f"{what}: {error}", full=False) from error
 
     def mark_begun(self) -> None:
         """Note beside the file that it holds a gallery: from now on an empty one is a loss.
@@ -251,70 +233,3 @@ def _own(directory: Path) -> IO[str]:
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
-
-
-def _sqlite(path: Path) -> sa.Engine:
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)),
-        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
-        pool_size=4,
-        max_overflow=-1,  # bounded by the threads that there are
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def _prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # we begin ourselves, see below
-        connection.execute("PRAGMA journal_mode=DELETE")
-        connection.execute("PRAGMA synchronous=EXTRA")
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # A transaction that reads first and writes later could find another writer in between.
-        immediate = connection.get_execution_options().get("immediate", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
-
-
-def _postgresql(text: str) -> sa.Engine:
-    try:
-        url = sa.make_url(text)
-    except (sa.exc.ArgumentError, ValueError):
-        raise GalleryError("the database URL cannot be read; wanted " + _WANTED_URL) from None
-    if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
-        raise GalleryError(
-            f"the database URL begins with {url.drivername}://; wanted {_WANTED_URL}"
-        )
-    limits = {
-        "statement_timeout": STATEMENT_TIMEOUT_S,
-        "lock_timeout": LOCK_TIMEOUT_S,
-        "idle_in_transaction_session_timeout": STATEMENT_TIMEOUT_S,
-    }
-    engine = sa.create_engine(
-        url.set(drivername="postgresql+psycopg"),
-        connect_args={
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "application_name": "invprop",
-            "options": " ".join(f"-c {name}={value}s" for name, value in limits.items()),
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 15_000,  # milliseconds
-        },
-        pool_size=4,
-        max_overflow=16,
-        pool_pre_ping=True,  # a database that was restarted is found again at once
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def _prepare(connection: Any, _: Any) -> None:
-        with connection.cursor() as cursor:
-            (synchronous,) = cursor.execute("SHOW synchronous_commit").fetchone()
-            if synchronous == "off":  # stronger choices than `on` are left alone
-                cursor.execute("SET synchronous_commit TO on")
-        connection.commit()
-
-    return engine
-
-
-_WANTED_URL = "postgresql://USER:PASSWORD@HOST:PORT/NAME (in INVPROP_DATABASE)"

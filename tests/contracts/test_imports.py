@@ -43,7 +43,7 @@ ROOMS = {
     "service": Room(
         ("service", "trainer.representation"),
         names(
-            "fastapi starlette uvicorn pydantic pydantic_settings onnxruntime faiss celery "
+            "fastapi starlette uvicorn pydantic pydantic_settings onnxruntime faiss celery kombu "
             "jsonschema_rs sqlalchemy numpy PIL prometheus_client yaml orjson structlog limits "
             "psycopg pyarrow sklearn umap"
         ),

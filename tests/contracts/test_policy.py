@@ -27,7 +27,13 @@ OPEN = {
     "/livez", "/readyz", "/health", "/metrics", "/docs", "/openapi.json", "/",
     "/static/{version}/{name:path}",
 }  # fmt: skip
-WRITES = {("POST", "/items"), ("POST", "/items/delete"), ("DELETE", "/items/{item_id:path}")}
+WRITES = {
+    ("POST", "/evaluations"),
+    ("DELETE", "/evaluations/{evaluation}"),
+    ("POST", "/items"),
+    ("POST", "/items/delete"),
+    ("DELETE", "/items/{item_id:path}"),
+}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 

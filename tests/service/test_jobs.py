@@ -1,0 +1,360 @@
+"""service.jobs: every job ends once, whoever asks, works, falls silent or comes back."""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from service.jobs import ENDED, MAX_ATTEMPTS, RING_AGAIN_S, JobConflict, Jobs, JobsFull, Request
+
+SHM = Path("/dev/shm")
+LEASE_S = 60.0
+REQUEST = Request("knn", "flowers", {"k": [1]}, 0, "m" * 64, "cpu")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, clock: Clock) -> Iterator[Jobs]:
+    opened = Jobs(tmp_path, lease_s=LEASE_S, clock=clock)
+    yield opened
+    opened.close()
+
+
+def status(jobs: Jobs, job_id: str) -> tuple[str, int]:
+    job = jobs.get(job_id)
+    assert job is not None
+    return job.status, job.attempts
+
+
+def submitted(jobs: Jobs) -> str:
+    return jobs.submit(REQUEST)[0].id
+
+
+def test_job__is_leased_once_and_ends_with_its_report(jobs: Jobs, clock: Clock) -> None:
+    job, is_new = jobs.submit(REQUEST)
+    assert (is_new, job.status, job.request, job.started_at) == (True, "queued", REQUEST, None)
+    clock.now += 5
+    lease = jobs.lease(job.id, "a")
+    assert lease is not None
+    assert jobs.lease(job.id, "b") is None
+    assert jobs.beat(job.id, lease.fence, {"stage": "x", "done": 1, "total": 2}) == (True, False)
+    running = jobs.get(job.id)
+    assert running is not None
+    assert (running.status, running.progress) == ("running", {"stage": "x", "done": 1, "total": 2})
+    assert jobs.report(job.id) is None
+    assert jobs.succeed(job.id, lease.fence, b'{"top1": 1}', b"<p>")
+    assert jobs.report(job.id) == ({"top1": 1}, b"<p>")
+    ended = jobs.get(job.id)
+    assert ended is not None
+    assert (ended.status, ended.finished_at) == ("succeeded", clock.now)
+    assert ended.started_at == ended.created_at + 5
+    assert jobs.lease(job.id, "b") is None  # rung for once more
+    assert not jobs.fail(job.id, lease.fence, {"code": "late", "message": ""})
+    assert status(jobs, job.id) == ("succeeded", 1)
+
+
+def test_lease__that_expires_goes_to_another_and_its_fence_is_worth_nothing(
+    jobs: Jobs, clock: Clock
+) -> None:
+    job_id = submitted(jobs)
+    first = jobs.lease(job_id, "a")
+    assert first is not None
+    clock.now += LEASE_S
+    assert jobs.sweep().expired == 0  # not yet
+    clock.now += 1
+    swept = jobs.sweep()
+    assert (swept.expired, swept.ring) == (1, [(job_id, "cpu")])
+    second = jobs.lease(job_id, "b")
+    assert second is not None
+    assert second.fence == first.fence + 1
+    assert not jobs.beat(job_id, first.fence).held
+    for late in (
+        lambda: jobs.succeed(job_id, first.fence, b"{}", b""),
+        lambda: jobs.fail(job_id, first.fence, {"code": "x", "message": ""}),
+        lambda: jobs.crashed(job_id, first.fence, {"code": "x", "message": ""}),
+        lambda: jobs.give_back(job_id, first.fence),
+        lambda: jobs.cancelled(job_id, first.fence),
+    ):
+        assert not late()
+        assert status(jobs, job_id) == ("running", 2)
+    assert jobs.report(job_id) is None
+    assert jobs.succeed(job_id, second.fence, b"{}", b"")
+
+
+def test_worker__that_falls_silent_each_time_leaves_the_job_lost(jobs: Jobs, clock: Clock) -> None:
+    job_id = submitted(jobs)
+    for _ in range(MAX_ATTEMPTS):
+        assert jobs.lease(job_id, "unlucky") is not None
+        clock.now += LEASE_S + 1
+        assert jobs.sweep().expired == 1
+    job = jobs.get(job_id)
+    assert job is not None
+    assert job.error is not None
+    assert (job.status, job.error["code"]) == ("lost", "worker_lost")
+    assert "unlucky" in job.error["message"]
+
+
+def test_crash__is_tried_again_and_fails_with_its_cause(jobs: Jobs) -> None:
+    job_id = submitted(jobs)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        lease = jobs.lease(job_id, "a")
+        assert lease is not None
+        error = {"code": "killed", "message": f"attempt {attempt}", "log": "..."}
+        assert jobs.crashed(job_id, lease.fence, error)
+    job = jobs.get(job_id)
+    assert job is not None
+    assert (job.status, job.attempts, job.error) == ("failed", MAX_ATTEMPTS, error)
+
+
+def test_giving_back__is_no_attempt(jobs: Jobs) -> None:
+    job_id = submitted(jobs)
+    for _ in range(MAX_ATTEMPTS + 2):
+        lease = jobs.lease(job_id, "a")
+        assert lease is not None
+        assert jobs.give_back(job_id, lease.fence)
+        assert jobs.sweep().ring == [(job_id, "cpu")]  # at once
+    assert status(jobs, job_id) == ("queued", 0)
+
+
+def test_cancel__in_every_state(jobs: Jobs, clock: Clock) -> None:
+    queued, running, silent, done = (submitted(jobs) for _ in range(4))
+    assert jobs.cancel("nobody") is None
+    cancelled = jobs.cancel(queued)
+    assert cancelled is not None
+    assert cancelled.status == "cancelled"
+    assert jobs.lease(queued, "a") is None
+    leases = {job_id: jobs.lease(job_id, "a") for job_id in (running, silent, done)}
+    assert jobs.succeed(done, leases[done].fence, b"{}", b"")  # type: ignore[union-attr]
+    for job_id in (running, silent):
+        jobs.cancel(job_id)
+        assert status(jobs, job_id)[0] == "running"
+    fence = leases[running].fence  # type: ignore[union-attr]
+    assert jobs.beat(running, fence) == (True, True)
+    assert jobs.cancelled(running, fence)
+    clock.now += LEASE_S + 1
+    jobs.sweep()
+    still_done = jobs.cancel(done)
+    assert still_done is not None
+    assert still_done.status == "succeeded"
+    assert {status(jobs, job_id)[0] for job_id in (queued, running, silent)} == {"cancelled"}
+    assert all(jobs.get(job_id).finished_at for job_id in (queued, running, silent))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("end", ["crashed", "give_back"])
+def test_cancel__of_what_would_be_tried_again_ends_it(jobs: Jobs, end: str) -> None:
+    job_id = submitted(jobs)
+    lease = jobs.lease(job_id, "a")
+    assert lease is not None
+    jobs.cancel(job_id)
+    if end == "crashed":
+        assert jobs.crashed(job_id, lease.fence, {"code": "killed", "message": ""})
+    else:
+        assert jobs.give_back(job_id, lease.fence)
+    assert status(jobs, job_id)[0] == "cancelled"
+
+
+def test_key__gives_the_same_job_and_refuses_another_request(jobs: Jobs) -> None:
+    first, _ = jobs.submit(REQUEST, key="k")
+    again, is_new = jobs.submit(REQUEST, key="k")
+    assert (again.id, is_new) == (first.id, False)
+    other = Request("knn", "birds", {"k": [1]}, 0, "m" * 64, "cpu")
+    with pytest.raises(JobConflict):
+        jobs.submit(other, key="k")
+    assert jobs.submit(other)[1]
+
+
+def test_sweep__rings_again_for_what_nobody_took(jobs: Jobs, clock: Clock) -> None:
+    job_id = submitted(jobs)
+    assert jobs.sweep().ring == []  # it was rung for as it came
+    clock.now += RING_AGAIN_S
+    assert jobs.sweep().ring == [(job_id, "cpu")]
+    assert jobs.sweep().ring == []
+    assert jobs.oldest_queued_s("cpu") == RING_AGAIN_S
+    assert jobs.oldest_queued_s("gpu") == 0
+
+
+def test_list__pages_from_the_newest(jobs: Jobs) -> None:
+    ids = [submitted(jobs) for _ in range(5)]
+    jobs.cancel(ids[1])
+    first = jobs.list(limit=3)
+    assert [job.id for job in first] == ids[:1:-1]
+    assert [job.id for job in jobs.list(before=first[-1].seq)] == ids[1::-1]
+    assert [job.id for job in jobs.list(status="cancelled")] == [ids[1]]
+    assert jobs.counts()["queued"] == 4
+
+
+def test_pending__are_bounded(jobs: Jobs) -> None:
+    first = jobs.submit(REQUEST, key="k", pending_limit=1)[0]
+    with pytest.raises(JobsFull):
+        jobs.submit(REQUEST, pending_limit=1)
+    assert jobs.submit(REQUEST, key="k", pending_limit=1)[0].id == first.id
+    jobs.cancel(first.id)
+    assert jobs.submit(REQUEST, pending_limit=1)[1]
+
+
+def test_workers__are_seen_for_a_while(jobs: Jobs, clock: Clock) -> None:
+    assert jobs.served() == {"cpu": False, "gpu": False}
+    jobs.seen("a", ["cpu"])
+    jobs.seen("b", ["cpu", "gpu"])
+    assert jobs.served() == {"cpu": True, "gpu": True}
+    jobs.gone("b")
+    assert jobs.served() == {"cpu": True, "gpu": False}
+    clock.now += 121
+    assert jobs.served() == {"cpu": False, "gpu": False}
+
+
+def test_two_openings__see_each_others_jobs(jobs: Jobs, tmp_path: Path, clock: Clock) -> None:
+    other = Jobs(tmp_path, lease_s=LEASE_S, clock=clock)
+    job_id = submitted(jobs)
+    assert other.lease(job_id, "there") is not None
+    assert jobs.lease(job_id, "here") is None
+    other.close()
+
+
+def test_postgresql__keeps_them_too(new_database: Callable[[], str], tmp_path: Path) -> None:
+    url = new_database()
+    jobs, other = Jobs(tmp_path, url), Jobs(tmp_path, url)
+    job, _ = jobs.submit(REQUEST, key="k")
+    assert other.submit(REQUEST, key="k") == (job, False)
+    lease = other.lease(job.id, "there")
+    assert lease is not None
+    assert jobs.lease(job.id, "here") is None
+    assert jobs.beat(job.id, lease.fence, {"stage": "x", "done": 0, "total": 1}).held
+    assert jobs.sweep().expired == 0
+    jobs.seen("a", ["cpu"])
+    jobs.seen("a", ["gpu"])
+    assert jobs.served() == {"cpu": False, "gpu": True}
+    assert other.succeed(job.id, lease.fence, b'{"a": 1}', b"<p>")
+    assert jobs.report(job.id) == ({"a": 1}, b"<p>")
+    assert jobs.counts()["succeeded"] == 1
+    short = Jobs(tmp_path, url, lease_s=-1)
+    lost = short.submit(REQUEST)[0]
+    assert short.lease(lost.id, "silent") is not None
+    assert (short.sweep().expired, short.sweep().expired) == (1, 0)
+    for each in (jobs, other, short):
+        each.close()
+    assert not (tmp_path / "evaluations.sqlite3").exists()
+
+
+class JobsMachine(RuleBasedStateMachine):
+    """Random callers, workers and clocks against what may be said of a job."""
+
+    number = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.leases: list[tuple[str, int]] = []
+        self.ended: dict[str, tuple[str, Any]] = {}
+        self.ids: list[str] = []
+
+    @initialize()
+    def begin(self) -> None:
+        place = self.place / str(next(self.number))
+        place.mkdir()
+        self.jobs = Jobs(place, lease_s=LEASE_S, clock=self.clock)
+
+    place: Path
+
+    @rule()
+    def submit(self) -> None:
+        self.ids.append(submitted(self.jobs))
+
+    @rule(data=st.data(), worker=st.sampled_from("abc"))
+    def ring(self, data: st.DataObject, worker: str) -> None:
+        if self.ids:
+            job_id = data.draw(st.sampled_from(self.ids))
+            lease = self.jobs.lease(job_id, worker)
+            if lease is not None:
+                assert all(f < lease.fence for j, f in self.leases if j == job_id)
+                self.leases.append((job_id, lease.fence))
+
+    @rule(
+        data=st.data(),
+        what=st.sampled_from(["beat", "succeed", "fail", "crashed", "give_back", "cancelled"]),
+    )
+    def say(self, data: st.DataObject, what: str) -> None:
+        if not self.leases:
+            return
+        job_id, fence = data.draw(st.sampled_from(self.leases))
+        before = self.jobs.get(job_id)
+        assert before is not None
+        error = {"code": "x", "message": str(fence)}
+        more = {"succeed": (b"{}", b""), "fail": (error,), "crashed": (error,)}.get(what, ())
+        took = getattr(self.jobs, what)(job_id, fence, *more)
+        current = before.status == "running" and before.fence == fence
+        assert bool(took.held if what == "beat" else took) == current
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.ids:
+            self.jobs.cancel(data.draw(st.sampled_from(self.ids)))
+
+    @rule(seconds=st.floats(0, 2 * LEASE_S))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def sweep(self) -> None:
+        ring = dict(self.jobs.sweep().ring)
+        assert all(status(self.jobs, job_id)[0] == "queued" for job_id in ring)
+
+    @invariant()
+    def what_has_ended_stays(self) -> None:
+        for job_id in self.ids:
+            job = self.jobs.get(job_id)
+            assert job is not None
+            assert 0 <= job.attempts <= MAX_ATTEMPTS
+            report = self.jobs.report(job_id)
+            assert (report is not None) == (job.status == "succeeded")
+            if job.status in ENDED:
+                assert job.finished_at is not None
+                seen = (job.status, job.error)
+                assert self.ended.setdefault(job_id, seen) == seen
+            else:
+                assert job_id not in self.ended
+
+    def teardown(self) -> None:
+        self.jobs.close()
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps"), [(15, 25), pytest.param(300, 50, marks=pytest.mark.long)]
+)
+def test_jobs__end_once_whatever_happens(examples: int, steps: int) -> None:
+    # In memory where there is a place: it is not about the disk, and every step writes.
+    with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as place:
+        machine = type("Machine", (JobsMachine,), {"place": Path(place)})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
