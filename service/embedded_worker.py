@@ -43,12 +43,11 @@ class EmbeddedWorker:
         self._ending.set()
         process = self._process
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            _signal(process, signal.SIGTERM)
             try:
                 process.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                _signal(process, signal.SIGKILL)
         self._thread.join()
 
     def _run(self) -> None:
@@ -66,7 +65,7 @@ class EmbeddedWorker:
                 start_new_session=True,  # Ctrl-C is for the service, which ends its worker
             )  # fmt: skip
             if self._ending.is_set():
-                self._process.send_signal(signal.SIGTERM)
+                _signal(self._process, signal.SIGTERM)
             code = self._process.wait()
             if self._ending.is_set():
                 return
@@ -74,3 +73,9 @@ class EmbeddedWorker:
             wait_s = _FIRST_WAIT_S if ran_s > _WELL_AFTER_S else min(2 * wait_s, _LONGEST_WAIT_S)
             _log.warning("worker_ended", exit_code=code, ran_s=round(ran_s, 1), again_in_s=wait_s)
             self._ending.wait(wait_s)
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """To the group: service.tethered stands between us and the worker."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

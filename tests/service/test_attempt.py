@@ -1,5 +1,6 @@
 """service.attempt: whatever a child does, its job ends, with the cause, and nothing is left."""
 
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from service.gallery.protocol import StorageError
 from service.jobs import MAX_ATTEMPTS, Job, Jobs, Lease, Request
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_evaluate.py")))
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30
 LIMITS = Limits(WAIT_S)
 
@@ -194,3 +196,34 @@ def test_job__that_cannot_be_run_here_fails_by_name(run: Any) -> None:
         "failed",
         {"code": "model_changed", "message": "another bundle"},
     )
+
+
+def test_starter__that_is_killed_takes_all_with_it(tmp_path: Path) -> None:
+    """The child and what it has started, although nobody was there to kill them."""
+    pids = tmp_path / "pids"
+    below = "import time; time.sleep(600)"
+    child = (
+        "import subprocess, sys, os, time, pathlib;"
+        f"below = subprocess.Popen([sys.executable, '-c', {below!r}]);"
+        f"pathlib.Path({str(pids)!r} + '.new').write_text(f'{{os.getpid()}} {{below.pid}}');"
+        f"os.rename({str(pids)!r} + '.new', {str(pids)!r});"
+        "time.sleep(600)"
+    )
+    starter = (
+        "import subprocess, sys;"
+        "subprocess.Popen([sys.executable, '-m', 'service.tethered', '0', sys.executable, '-c',"
+        f" {child!r}], start_new_session=True).wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", starter], cwd=ROOT)
+    tick = threading.Event()
+    while not pids.exists():
+        assert process.poll() is None
+        tick.wait(0.02)
+    assert len(alive(pids)) == 2
+    process.kill()
+    process.wait()
+    for _ in range(500):
+        if not alive(pids):
+            break
+        tick.wait(0.02)
+    assert alive(pids) == []
