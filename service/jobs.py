@@ -29,6 +29,8 @@ SUCCEEDED, FAILED, CANCELLED, LOST = ENDED = "succeeded", "failed", "cancelled",
 STATES = (QUEUED, RUNNING, *ENDED)
 MAX_ATTEMPTS = 3
 RING_AGAIN_S = 30.0  # a queued job that nobody took is rung for again
+# In one sweep: while every worker is busy for hours, messages must not pile up by the thousand.
+RING_TOGETHER = 16
 WORKER_SEEN_S = 120.0  # a worker that was not seen for longer is not there
 _GONE_S = 7 * 86400.0  # and is forgotten after a week
 # Names the lock under which PostgreSQL makes the tables; any number that nobody else uses.
@@ -342,13 +344,27 @@ class Jobs:
             waiting = sa.and_(
                 evaluations.c.status == QUEUED, evaluations.c.rung_at <= now - RING_AGAIN_S
             )
-            for row in connection.execute(sa.select(evaluations).where(waiting)).all():
+            longest = (evaluations.c.rung_at, evaluations.c.seq)
+            query = sa.select(evaluations).where(waiting).order_by(*longest).limit(RING_TOGETHER)
+            for row in connection.execute(query).all():
                 connection.execute(
                     sa.update(evaluations).where(evaluations.c.id == row.id).values(rung_at=now)
                 )
                 ring.append((row.id, row.queue))
             connection.execute(sa.delete(workers).where(workers.c.seen_at < now - _GONE_S))
         return Swept(ring, expired)
+
+    def next_queued(self, queues: Sequence[str]) -> tuple[str, str] | None:
+        """(id, queue) of the job of these queues that has waited longest."""
+        query = (
+            sa.select(evaluations.c.id, evaluations.c.queue)
+            .where(evaluations.c.status == QUEUED, evaluations.c.queue.in_(queues))
+            .order_by(evaluations.c.seq)
+            .limit(1)
+        )
+        with self._transaction(writes=False) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else (row.id, row.queue)
 
     def seen(self, worker: str, queues: Sequence[str]) -> None:
         """A worker is there."""

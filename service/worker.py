@@ -7,6 +7,7 @@ neither torch nor faiss. Start several workers for several jobs at a time.
 """
 
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -56,7 +57,7 @@ class Worker:
     ) -> None:
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._settings = settings
-        self._application = application
+        self._doorbell = Doorbell(application)
         self._command = command
         self._stuck_s = stuck_s
         self._sweep_s = min(sweep_s, settings.evaluation_lease_s / 4)
@@ -100,13 +101,14 @@ class Worker:
             return
         self._busy = True
         began = time.monotonic()
+        directory = self._settings.state / DIRECTORY / job_id
         _log.info("evaluation_begins", job=job_id, attempt=lease.job.attempts)
         try:
             outcome = attempt(
                 self.jobs,
                 lease,
                 describe=self._describe,
-                directory=self._settings.state / DIRECTORY / job_id / str(lease.fence),
+                directory=directory / str(lease.fence),
                 limits=Limits(
                     self._settings.evaluation_timeout_s, self._settings.evaluation_memory_bytes
                 ),
@@ -118,12 +120,18 @@ class Worker:
             )
         finally:
             self._busy, self._idle_since = False, time.monotonic()
+            shutil.rmtree(directory, ignore_errors=True)  # what killed attempts left, too
         _log.info(
             "evaluation_ends",
             job=job_id,
             outcome=outcome,
             duration_s=round(time.monotonic() - began, 3),
         )
+        # Whoever has worked rings for the next: a queue whose messages were lost empties all the
+        # same, although a sweep rings for a few only.
+        waiting = self.jobs.next_queued(self._queues)
+        if waiting is not None:
+            self._doorbell.ring(*waiting)
 
     def _describe(self, lease: Lease) -> Mapping[str, Any]:
         request = lease.job.request
@@ -166,11 +174,10 @@ class Worker:
         return self._models[mark]
 
     def _look_after(self) -> None:
-        doorbell = Doorbell(self._application)
         while True:
             try:
                 self.jobs.seen(self.name, self._queues)
-                doorbell.ring_all(self.jobs.sweep().ring)
+                self._doorbell.ring_all(self.jobs.sweep().ring)
                 if self._is_stuck():
                     _log.error("worker_stuck", idle_s=round(time.monotonic() - self._idle_since))
                     sys.stderr.flush()

@@ -17,7 +17,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from service.jobs import ENDED, MAX_ATTEMPTS, RING_AGAIN_S, JobConflict, Jobs, JobsFull, Request
+from service.jobs import (
+    ENDED,
+    MAX_ATTEMPTS,
+    RING_AGAIN_S,
+    RING_TOGETHER,
+    JobConflict,
+    Jobs,
+    JobsFull,
+    Request,
+)
 
 SHM = Path("/dev/shm")
 LEASE_S = 60.0
@@ -138,6 +147,20 @@ def test_giving_back__is_no_attempt(jobs: Jobs) -> None:
         assert jobs.give_back(job_id, lease.fence)
         assert jobs.sweep().ring == [(job_id, "cpu")]  # at once
     assert status(jobs, job_id) == ("queued", 0)
+
+
+def test_rings__do_not_pile_up_while_everybody_is_busy(jobs: Jobs, clock: Clock) -> None:
+    ids = [submitted(jobs) for _ in range(RING_TOGETHER + 3)]
+    rung = []
+    for _ in range(2):
+        clock.now += RING_AGAIN_S
+        rung.append([job_id for job_id, _ in jobs.sweep().ring])
+    assert rung[0] == ids[:RING_TOGETHER]
+    assert rung[1][:3] == ids[RING_TOGETHER:]  # in turn: none is left out for ever
+    assert jobs.next_queued(["cpu"]) == (ids[0], "cpu")
+    jobs.lease(ids[0], "w")
+    assert jobs.next_queued(["cpu", "gpu"]) == (ids[1], "cpu")
+    assert jobs.next_queued(["gpu"]) is None
 
 
 def test_cancel__in_every_state(jobs: Jobs, clock: Clock) -> None:
