@@ -19,7 +19,7 @@ POLL_S = 0.2
 SAMPLES = 8  # digits written as pictures
 
 GUIDE = """
-{items:,} pictures can be asked. Open {url}/docs in a browser, or paste:
+{items:,} pictures can be asked. Open {url} in a browser ({url}/docs: every route), or paste:
 
 # the embedding of a picture
 curl -sw '\\n' -F {upload} {url}/embed
@@ -38,6 +38,10 @@ with Client({url!r}) as service:
     print(service.neighbours(images={picture!r}, k=5).results[0])
 EOF
 """
+EVALUATE = """
+# how well the encoder tells the labels apart; watch it at {url}/#/evaluations
+curl -sw '\\n' {json_header} -d {evaluation} {url}/evaluations
+"""
 
 
 def main() -> int:
@@ -49,6 +53,7 @@ def main() -> int:
                 return 1
             time.sleep(POLL_S)
         count = service.info().gallery["items"]
+        datasets = service.datasets()
         ids = (item.id for item in service.items())
         if arguments.folder is None:
             trained_on = set(ids)
@@ -70,6 +75,15 @@ def main() -> int:
             picture=str(picture),
         )
     )
+    if datasets:
+        asked = json.dumps({"protocol": "knn", "dataset": datasets[0].name})
+        sys.stdout.write(
+            EVALUATE.format(
+                url=arguments.url,
+                json_header="-H 'Content-Type: application/json'",
+                evaluation=shlex.quote(asked),
+            )
+        )
     return 0
 
 

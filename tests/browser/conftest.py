@@ -96,7 +96,9 @@ def site(
         yield url
 
 
-@pytest.fixture(scope="session")
+# For a module, not for all: while Playwright is open an event loop counts as running in this
+# thread, and the tests of others could not run their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is missing: the page's tests want Debian's chromium")

@@ -14,7 +14,6 @@ SCRIPTS = (
     "deploy/backup",
     "deploy/restore",
     "deploy/train_multinode.sh",
-    "tests/deploy/two_hosts",
     "tests/run",
     ".ci/run",
 )

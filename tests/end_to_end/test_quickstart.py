@@ -35,7 +35,7 @@ def clone(tmp_path: Path) -> Path:
     """A clone whose set-up is done: the scripts, and this Python as .venv/bin/python."""
     clone = tmp_path / "a clone"
     (clone / "deploy").mkdir(parents=True)
-    for name in ("quickstart", "first_look.py"):
+    for name in ("quickstart", "first_look.py", "labelled_data.py"):
         shutil.copy2(ROOT / "deploy" / name, clone / "deploy" / name)
     executable(clone / "deploy" / "setup", "#!/bin/sh\necho setup was called\n")
     (clone / ".venv" / "bin").mkdir(parents=True)

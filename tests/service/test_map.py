@@ -173,6 +173,7 @@ def test_umaps__beyond_those_that_may_wait_are_refused_and_all_end_with_the_serv
     maps.close()  # comes back, though a child would sleep on
 
 
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
 @pytest.mark.long
 @pytest.mark.parametrize("count", [5, 40])
 def test_umap__really(random_units: Units, count: int) -> None:
