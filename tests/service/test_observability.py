@@ -23,7 +23,7 @@ WANTED = {
 }  # fmt: skip
 LABELS = {
     "method", "route", "status", "code", "reason", "le", "version", "model",
-    "execution_provider", "precision", "kind",
+    "execution_provider", "precision", "kind", "queue",
 }  # fmt: skip
 
 

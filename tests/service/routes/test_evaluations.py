@@ -137,7 +137,7 @@ def test_list__is_paged(service: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "code", "detail"),
     [
-        ({"protocol": "magic"}, 422, "invalid_request", "there are knn, linear_probe"),
+        ({"protocol": "magic"}, 422, "invalid_request", "there are detection, knn, linear_probe"),
         ({"dataset": "birds"}, 404, "dataset_not_found", "there are flowers"),
         ({"dataset": "../flowers"}, 404, "dataset_not_found", "'../flowers'"),
         ({"settings": {"k": [0]}}, 422, "invalid_request", "settings.k.0: 0 is less than"),
