@@ -146,7 +146,9 @@ def test_docs__load_nothing_from_elsewhere(shared_service: Any) -> None:
     assert "<script" not in page.text
 
 
-@pytest.mark.parametrize("path", ["/index.html", "/embed/", "/ITEMS", "//items", "/grouping", "/v1/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/index.html", "/embed/", "/ITEMS", "//items", "/grouping", "/v1/nothing"]
+)
 def test_unknown_routes__are_problems(shared_service: Any, path: str) -> None:
     answer = shared_service.client.get(f"http://testserver{path}")
     assert answer.status_code == 404
