@@ -4,7 +4,7 @@ In: what the caller passes. Out: steps that end with a dataclass. What is over t
 than a part, is asked in several requests and comes back in order.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,7 @@ class Asking(Session):
         filter: Filter | None,
         exact: bool | None,
         include: Sequence[Include],
+        min_gallery_version: int | None,
     ) -> Steps[Neighbours]:
         options: dict[str, Any] = {"k": k}
         if filter is not None:
@@ -88,7 +89,10 @@ class Asking(Session):
             options["include"] = list(include)
         limit = yield from self._limits()
         most = limit("max_results") // max(1, k)
-        parts = yield from self._ask(NEIGHBOURS, images, vectors, ids, options, most=most)
+        given = {"images": images, "vectors": vectors, "ids": ids}
+        parts = yield from self._ask(
+            NEIGHBOURS, given, options, most=most, min_gallery_version=min_gallery_version
+        )
         with reading(NEIGHBOURS):
             return Neighbours(
                 model=str(parts[-1]["model"]),
@@ -111,11 +115,15 @@ class Asking(Session):
         steps: int,
         order: Order,
         limit: int,
+        min_gallery_version: int | None,
     ) -> Steps[Groups]:
         options = {"k": k, "steps": steps, "order": order, "limit": limit}
         service_limit = yield from self._limits()
         most = service_limit("max_group_walk") // max(1, _walk_length(k, steps))
-        parts = yield from self._ask(GROUPS, images, vectors, ids, options, most=most)
+        given = {"images": images, "vectors": vectors, "ids": ids}
+        parts = yield from self._ask(
+            GROUPS, given, options, most=most, min_gallery_version=min_gallery_version
+        )
         with reading(GROUPS):
             return Groups(
                 model=str(parts[-1]["model"]),
@@ -124,14 +132,19 @@ class Asking(Session):
             )
 
     def _ask(
-        self, route: Route, images: Any, vectors: Any, ids: Any, options: Json, *, most: int
+        self,
+        route: Route,
+        given: Mapping[str, Any],
+        options: Json,
+        *,
+        most: int,
+        min_gallery_version: int | None,
     ) -> Steps[list[Json]]:
         """Ask with exactly one kind of query, in as many requests as the limits want.
 
         Returns:
             the answers in the order of what was asked.
         """
-        given = {"images": images, "vectors": vectors, "ids": ids}
         kinds = [kind for kind, value in given.items() if value is not None]
         if len(kinds) != 1:
             raise ValueError(
@@ -151,7 +164,9 @@ class Asking(Session):
                 most=self._most(most) if of_images else most,
                 most_bytes=self._most_bytes(limit("max_body_bytes")) - len(to_json(options)),
             ):
-                request = json_request(route, {kind: part, **options})
+                request = json_request(
+                    route, {kind: part, **options}, min_gallery_version=min_gallery_version
+                )
                 yield partial(ask, request, offset, len(part))
                 offset += len(part)
 

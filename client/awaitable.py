@@ -123,13 +123,22 @@ class AsyncClient:
         )
 
     async def items(
-        self, *, filter: Filter | None = None, page_size: int | None = None
+        self,
+        *,
+        filter: Filter | None = None,
+        page_size: int | None = None,
+        min_gallery_version: int | None = None,
     ) -> AsyncIterator[Item]:
         """See Client.items."""
         cursor: str | None = None
         while True:
             page = await self._connection.run(
-                self._calls.page(filter=filter, page_size=page_size, cursor=cursor)
+                self._calls.page(
+                    filter=filter,
+                    page_size=page_size,
+                    cursor=cursor,
+                    min_gallery_version=min_gallery_version,
+                )
             )
             for item in page.items:
                 yield item
@@ -137,13 +146,21 @@ class AsyncClient:
                 return
             cursor = page.next
 
-    async def item(self, id: str, *, include_vector: bool = False) -> Item:
+    async def item(
+        self, id: str, *, include_vector: bool = False, min_gallery_version: int | None = None
+    ) -> Item:
         """See Client.item."""
-        return await self._connection.run(self._calls.item(id, include_vector=include_vector))
+        return await self._connection.run(
+            self._calls.item(
+                id, include_vector=include_vector, min_gallery_version=min_gallery_version
+            )
+        )
 
-    async def image(self, id: str) -> bytes:
+    async def image(self, id: str, *, min_gallery_version: int | None = None) -> bytes:
         """See Client.image."""
-        return await self._connection.run(self._calls.image(id))
+        return await self._connection.run(
+            self._calls.image(id, min_gallery_version=min_gallery_version)
+        )
 
     async def delete(self, id: str) -> Deleted:
         """See Client.delete."""
@@ -163,6 +180,7 @@ class AsyncClient:
         filter: Filter | None = None,
         exact: bool | None = None,
         include: Sequence[Include] = (),
+        min_gallery_version: int | None = None,
     ) -> Neighbours:
         """See Client.neighbours."""
         return await self._connection.run(
@@ -174,6 +192,7 @@ class AsyncClient:
                 filter=filter,
                 exact=exact,
                 include=include,
+                min_gallery_version=min_gallery_version,
             )
         )
 
@@ -187,18 +206,35 @@ class AsyncClient:
         steps: int = 3,
         order: Order = "nearest",
         limit: int = 200,
+        min_gallery_version: int | None = None,
     ) -> Groups:
         """See Client.groups."""
         return await self._connection.run(
             self._calls.groups(
-                ids=ids, images=images, vectors=vectors, k=k, steps=steps, order=order, limit=limit
+                ids=ids,
+                images=images,
+                vectors=vectors,
+                k=k,
+                steps=steps,
+                order=order,
+                limit=limit,
+                min_gallery_version=min_gallery_version,
             )
         )
 
-    async def start_grouping(self, *, k: int = 4, steps: int = 3, min_size: int = 3) -> Grouping:
+    async def start_grouping(
+        self,
+        *,
+        k: int = 4,
+        steps: int = 3,
+        min_size: int = 3,
+        min_gallery_version: int | None = None,
+    ) -> Grouping:
         """See Client.start_grouping."""
         return await self._connection.run(
-            self._calls.start_grouping(k=k, steps=steps, min_size=min_size)
+            self._calls.start_grouping(
+                k=k, steps=steps, min_size=min_size, min_gallery_version=min_gallery_version
+            )
         )
 
     async def groupings(self) -> tuple[Grouping, ...]:
@@ -239,10 +275,16 @@ class AsyncClient:
         *,
         sample: int | None = None,
         version: int | None = None,
+        min_gallery_version: int | None = None,
     ) -> Map | PendingMap:
         """See Client.map."""
         return await self._connection.run(
-            self._calls.map(method=method, sample=sample, version=version)
+            self._calls.map(
+                method=method,
+                sample=sample,
+                version=version,
+                min_gallery_version=min_gallery_version,
+            )
         )
 
     async def datasets(self) -> tuple[Dataset, ...]:

@@ -56,6 +56,10 @@ class Client:
         transport: another way to send, for tests: an httpx2 transport.
         clock: time and dice, for tests.
 
+    Reads take `min_gallery_version`, a `gallery_version` that was answered before: the answer is of
+    that version or a later one, from whichever of several services of one gallery it comes.
+    GalleryBehind where it is not there within the retries.
+
     Pictures may be paths, file:// URLs, folders, bytes, open binary files, PIL images or uint8
     arrays (H, W) or (H, W, 3), one or an iterable of them. What is larger than the service's limits
     (see `info`) is sent in parts and comes back in order. Errors: client.errors.
@@ -176,7 +180,11 @@ class Client:
         )
 
     def items(
-        self, *, filter: Filter | None = None, page_size: int | None = None
+        self,
+        *,
+        filter: Filter | None = None,
+        page_size: int | None = None,
+        min_gallery_version: int | None = None,
     ) -> Iterator[Item]:
         """Iterate over the gallery, a page at a time.
 
@@ -187,21 +195,32 @@ class Client:
         cursor: str | None = None
         while True:
             page = self._connection.run(
-                self._calls.page(filter=filter, page_size=page_size, cursor=cursor)
+                self._calls.page(
+                    filter=filter,
+                    page_size=page_size,
+                    cursor=cursor,
+                    min_gallery_version=min_gallery_version,
+                )
             )
             yield from page.items
             if page.next is None:
                 return
             cursor = page.next
 
-    def item(self, id: str, *, include_vector: bool = False) -> Item:
+    def item(
+        self, id: str, *, include_vector: bool = False, min_gallery_version: int | None = None
+    ) -> Item:
         """One item; ItemNotFound when there is none."""
-        return self._connection.run(self._calls.item(id, include_vector=include_vector))
+        return self._connection.run(
+            self._calls.item(
+                id, include_vector=include_vector, min_gallery_version=min_gallery_version
+            )
+        )
 
-    def image(self, id: str) -> bytes:
+    def image(self, id: str, *, min_gallery_version: int | None = None) -> bytes:
         """The thumbnail of an item, a WebP of at most 256 pixels; PictureNotFound where the item
         came as a vector."""
-        return self._connection.run(self._calls.image(id))
+        return self._connection.run(self._calls.image(id, min_gallery_version=min_gallery_version))
 
     def delete(self, id: str) -> Deleted:
         """Delete one item. ItemNotFound when there is none (any more: a retry may find that the
@@ -222,6 +241,7 @@ class Client:
         filter: Filter | None = None,
         exact: bool | None = None,
         include: Sequence[Include] = (),
+        min_gallery_version: int | None = None,
     ) -> Neighbours:
         """The k items most similar to each query: exactly one of images, vectors (n, D) and ids.
 
@@ -242,6 +262,7 @@ class Client:
                 filter=filter,
                 exact=exact,
                 include=include,
+                min_gallery_version=min_gallery_version,
             )
         )
 
@@ -255,6 +276,7 @@ class Client:
         steps: int = 3,
         order: Order = "nearest",
         limit: int = 200,
+        min_gallery_version: int | None = None,
     ) -> Groups:
         """What propagation along the kNN graph reaches from each anchor in 1..steps hops.
 
@@ -265,14 +287,32 @@ class Client:
         """
         return self._connection.run(
             self._calls.groups(
-                ids=ids, images=images, vectors=vectors, k=k, steps=steps, order=order, limit=limit
+                ids=ids,
+                images=images,
+                vectors=vectors,
+                k=k,
+                steps=steps,
+                order=order,
+                limit=limit,
+                min_gallery_version=min_gallery_version,
             )
         )
 
-    def start_grouping(self, *, k: int = 4, steps: int = 3, min_size: int = 3) -> Grouping:
+    def start_grouping(
+        self,
+        *,
+        k: int = 4,
+        steps: int = 3,
+        min_size: int = 3,
+        min_gallery_version: int | None = None,
+    ) -> Grouping:
         """Have the whole gallery partitioned into groups, in the background; the same parameters
         at the same gallery version are the same grouping. Ask grouping(id) for its state."""
-        return self._connection.run(self._calls.start_grouping(k=k, steps=steps, min_size=min_size))
+        return self._connection.run(
+            self._calls.start_grouping(
+                k=k, steps=steps, min_size=min_size, min_gallery_version=min_gallery_version
+            )
+        )
 
     def groupings(self) -> tuple[Grouping, ...]:
         """The groupings that are kept or under way, the newest first."""
@@ -308,10 +348,18 @@ class Client:
         *,
         sample: int | None = None,
         version: int | None = None,
+        min_gallery_version: int | None = None,
     ) -> Map | PendingMap:
         """Two coordinates for each item of a sample. "umap" is computed in the background: while
         it is, a PendingMap comes, whose gallery_version is the `version` to ask for again."""
-        return self._connection.run(self._calls.map(method=method, sample=sample, version=version))
+        return self._connection.run(
+            self._calls.map(
+                method=method,
+                sample=sample,
+                version=version,
+                min_gallery_version=min_gallery_version,
+            )
+        )
 
     def datasets(self) -> tuple[Dataset, ...]:
         """The labelled sets that evaluations can run on."""

@@ -22,6 +22,7 @@ from client.routes import (
     IMAGE,
     LIST,
     Filter,
+    at_least,
     item_path,
     json_request,
 )
@@ -88,7 +89,12 @@ class Gallery(Session):
         return answers.added_together(in_order(done))
 
     def page(
-        self, *, filter: Filter | None, page_size: int | None, cursor: str | None
+        self,
+        *,
+        filter: Filter | None,
+        page_size: int | None,
+        cursor: str | None,
+        min_gallery_version: int | None,
     ) -> Steps[Page]:
         query: dict[str, str] = {}
         if page_size is not None:
@@ -97,19 +103,29 @@ class Gallery(Session):
             query["filter"] = to_json(filter).decode()
         if cursor is not None:
             query["cursor"] = cursor
-        answer = yield from self._exchange(Request(LIST, LIST.path, query=query))
+        answer = yield from self._exchange(
+            Request(LIST, LIST.path, query=query, headers=at_least(min_gallery_version))
+        )
         with reading(LIST):
             fields = fields_of(answer)
             return Page(tuple(answers.item(item) for item in fields["items"]), fields["next"])
 
-    def item(self, item_id: str, *, include_vector: bool) -> Steps[Item]:
+    def item(
+        self, item_id: str, *, include_vector: bool, min_gallery_version: int | None
+    ) -> Steps[Item]:
         query = {"include": "vector"} if include_vector else {}
-        answer = yield from self._exchange(Request(GET, item_path(GET, item_id), query=query))
+        headers = at_least(min_gallery_version)
+        answer = yield from self._exchange(
+            Request(GET, item_path(GET, item_id), query=query, headers=headers)
+        )
         with reading(GET):
             return answers.item(fields_of(answer))
 
-    def image(self, item_id: str) -> Steps[bytes]:
-        answer = yield from self._exchange(Request(IMAGE, item_path(IMAGE, item_id)))
+    def image(self, item_id: str, *, min_gallery_version: int | None) -> Steps[bytes]:
+        headers = at_least(min_gallery_version)
+        answer = yield from self._exchange(
+            Request(IMAGE, item_path(IMAGE, item_id), headers=headers)
+        )
         with reading(IMAGE):
             kind = answer.headers.get("content-type", "")
             if not kind.startswith("image/"):

@@ -11,6 +11,7 @@ from client.routes import (
     GROUPINGS,
     MAP,
     START_GROUPING,
+    at_least,
     json_request,
     path_of,
 )
@@ -20,9 +21,13 @@ from client.session import Session
 class Groupings(Session):
     """Routes of what the service computes in the background over all items."""
 
-    def start_grouping(self, *, k: int, steps: int, min_size: int) -> Steps[Grouping]:
+    def start_grouping(
+        self, *, k: int, steps: int, min_size: int, min_gallery_version: int | None
+    ) -> Steps[Grouping]:
         options = {"k": k, "steps": steps, "min_size": min_size}
-        answer = yield from self._exchange(json_request(START_GROUPING, options))
+        answer = yield from self._exchange(
+            json_request(START_GROUPING, options, min_gallery_version=min_gallery_version)
+        )
         with reading(START_GROUPING):
             return answers.grouping(fields_of(answer))
 
@@ -59,11 +64,18 @@ class Groupings(Session):
             return members, fields["next"]
 
     def map(
-        self, *, method: str, sample: int | None, version: int | None
+        self,
+        *,
+        method: str,
+        sample: int | None,
+        version: int | None,
+        min_gallery_version: int | None,
     ) -> Steps[Map | PendingMap]:
         query = {"method": method}
         query |= {} if sample is None else {"sample": str(sample)}
         query |= {} if version is None else {"version": str(version)}
-        answer = yield from self._exchange(Request(MAP, MAP.path, query=query))
+        answer = yield from self._exchange(
+            Request(MAP, MAP.path, query=query, headers=at_least(min_gallery_version))
+        )
         with reading(MAP):
             return answers.map_or_pending(answer)

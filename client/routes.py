@@ -72,11 +72,23 @@ Protocol: TypeAlias = Literal[
 Filter: TypeAlias = Mapping[str, Any]
 
 
+MIN_GALLERY_VERSION = "X-Min-Gallery-Version"
+
+
+def at_least(version: int | None) -> dict[str, str]:
+    """The header of a read that must see this gallery version; none where any will do."""
+    return {} if version is None else {MIN_GALLERY_VERSION: str(version)}
+
+
 def json_request(
-    route: Route, value: Mapping[str, Any], *, idempotency_key: str | None = None
+    route: Route,
+    value: Mapping[str, Any],
+    *,
+    idempotency_key: str | None = None,
+    min_gallery_version: int | None = None,
 ) -> Request:
     """A request with a JSON body, answered as JSON."""
-    headers = {"Content-Type": JSON, "Accept": JSON}
+    headers = {"Content-Type": JSON, "Accept": JSON, **at_least(min_gallery_version)}
     if idempotency_key is not None:
         headers[IDEMPOTENCY_KEY] = idempotency_key
     return Request(route, route.path, headers=headers, body=to_json(value))

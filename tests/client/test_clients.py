@@ -646,3 +646,34 @@ def test_map__comes_at_once_or_later(fake: Any, service: Any) -> None:
     found = service.map("umap", version=pending.gallery_version)
     assert (found.items, found.ids) == (9, ("a", "b"))
     np.testing.assert_array_equal(found.coordinates, [[0, 1], [2, 3]])
+
+
+def test_reads__name_the_gallery_version_that_they_must_see(fake: Any, service: Any) -> None:
+    def page(request: httpx2.Request) -> httpx2.Response:
+        after = None if "cursor" in request.url.params else "1"
+        return httpx2.Response(200, json={"items": [], "next": after})
+
+    webp = httpx2.Response(200, headers={"Content-Type": "image/webp"}, content=b"RIFF")
+    map_of_none = {"model": "m1", "gallery_version": 7, "method": "pca", "state": "computing"}
+    fake.on("GET", "/items", page)
+    fake.on("GET", "/items/a", httpx2.Response(200, json={"id": "a", "metadata": {}}))
+    fake.on("GET", "/images/a", webp)
+    fake.on("POST", "/neighbours", neighbours_of_each)
+    fake.on("POST", "/groups", groups_of_each)
+    fake.on("POST", "/groupings", httpx2.Response(202, json=GROUPING))
+    fake.on("GET", "/map", httpx2.Response(202, json=map_of_none))
+
+    def ask(**least: int) -> list[str | None]:
+        fake.requests.clear()
+        list(service.items(**least))
+        service.item("a", **least)
+        service.image("a", **least)
+        service.neighbours(ids="a", **least)
+        service.groups(ids="a", **least)
+        service.start_grouping(**least)
+        service.map(**least)
+        named = [r for r in fake.requests if r.url.path != "/info"]
+        return [request.headers.get("X-Min-Gallery-Version") for request in named]
+
+    assert ask(min_gallery_version=12) == ["12"] * 8
+    assert ask() == [None] * 8

@@ -31,7 +31,8 @@ def _branches(tree: str) -> list[str]:
     return [line for line in tree.splitlines() if "──" in line]
 
 
-def test_import__brings_neither_numpy_nor_pil() -> None:
-    code = "import client, sys; print(sorted({'numpy', 'PIL', 'pydantic'} & set(sys.modules)))"
+def test_import__brings_nothing_heavy() -> None:
+    heavy = {"numpy", "PIL", "pandas", "pyarrow", "tqdm", "pydantic"}
+    code = f"import client.command_line, sys; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -99,6 +99,19 @@ def test_parameters__that_the_client_sends_exist(
     assert parameters <= named
 
 
+def test_min_gallery_version__is_taken_by_the_reads_that_the_client_sends_it_with() -> None:
+    """tests/client/test_clients.py says that the client sends it with these and no others."""
+    taking = {
+        (method.upper(), path)
+        for path, methods in OPENAPI["paths"].items()
+        for method, operation in methods.items()
+        if any(p["name"] == routes.MIN_GALLERY_VERSION for p in operation.get("parameters", ()))
+    }
+    reads = (routes.LIST, routes.GET, routes.IMAGE, routes.NEIGHBOURS, routes.GROUPS)
+    sent = (*reads, routes.START_GROUPING, routes.MAP)
+    assert taking == {(route.method, route.path) for route in sent}
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
