@@ -24,6 +24,7 @@ from service.settings import Settings
 
 SCHEMA_FILE = Path(__file__).with_name("evaluation_job.schema.json")
 SWEEP_S = 15.0
+_AFTER_S = 0.1  # a lease is over when its time has passed, not when it has come
 # Hours on a CPU at the least: these ask for a GPU unless they say otherwise.
 ON_GPU = frozenset({"detection"})
 
@@ -114,7 +115,8 @@ class Evaluations:
         self.protocols = Protocols(json.loads(SCHEMA_FILE.read_bytes()))
         self.streams = 0  # of events, being sent
         self._ringing = ThreadPoolExecutor(1, "doorbell")
-        self._ending = threading.Event()
+        self._ending = False
+        self._look = threading.Event()  # there is something to see before the interval is over
         self._sweeper = threading.Thread(target=self._look_after, name="sweeper", daemon=True)
         self._sweeper.start()
 
@@ -168,6 +170,13 @@ class Evaluations:
             self._ringing.submit(self._doorbell.ring, job.id, queue)
         return job
 
+    def cancel(self, job_id: str) -> Job | None:
+        """Cancel a job; one that a worker holds ends within jobs.CANCEL_S, worker or not."""
+        job = self.jobs.cancel(job_id)
+        if job is not None and not job.ended:
+            self._look.set()
+        return job
+
     def described(self, job: Job, *, report: bool = False) -> dict[str, Any]:
         """A job as the contract has it; with its report where that is asked for and there."""
         found = self.jobs.report(job.id) if report and job.status == "succeeded" else None
@@ -210,7 +219,8 @@ class Evaluations:
 
     def close(self) -> None:
         """End the threads; what is accepted stays."""
-        self._ending.set()
+        self._ending = True
+        self._look.set()
         self._sweeper.join()
         self._ringing.shutdown(cancel_futures=True)  # the next sweep rings for them
         if not self._given:
@@ -219,8 +229,14 @@ class Evaluations:
     def _look_after(self) -> None:
         interval = min(SWEEP_S, self._settings.evaluation_lease_s / 4)
         while True:
+            self._look.clear()
+            if self._ending:
+                return
+            wait_s = interval
             try:
                 swept = self.jobs.sweep()
+                if swept.again_s is not None:
+                    wait_s = min(interval, swept.again_s + _AFTER_S)
                 self._metrics.evaluation_leases_expired.inc(swept.expired)
                 self._doorbell.ring_all(swept.ring)
                 for state, count in self.jobs.counts().items():
@@ -232,8 +248,7 @@ class Evaluations:
                     self._metrics.evaluation_workers.labels(queue).set(served)
             except StorageError as error:
                 _log.warning("sweep_failed", reason=str(error), retry_s=interval)
-            if self._ending.wait(interval):
-                return
+            self._look.wait(wait_s)
 
 
 def not_found(job_id: str) -> Problem:

@@ -31,6 +31,8 @@ MAX_ATTEMPTS = 3
 RING_AGAIN_S = 30.0  # a queued job that nobody took is rung for again
 # In one sweep: while every worker is busy for hours, messages must not pile up by the thousand.
 RING_TOGETHER = 16
+# A worker that was told to cancel has so long: it looks every 2 s and gives its child 3 s.
+CANCEL_S = 8.0
 WORKER_SEEN_S = 120.0  # a worker that was not seen for longer is not there
 _GONE_S = 7 * 86400.0  # and is forgotten after a week
 # Names the lock under which PostgreSQL makes the tables; any number that nobody else uses.
@@ -107,6 +109,9 @@ class Swept(NamedTuple):
 
     ring: Sequence[tuple[str, str]]  # (id, queue) of jobs to ring for
     expired: int  # leases
+    again_s: (
+        float | None
+    )  # when the next job that is being cancelled must have ended; None: none is
 
 
 class Jobs:
@@ -188,7 +193,9 @@ class Jobs:
             # Two callers of one key at a time: PostgreSQL lets both look before one inserts.
             insert = self._insert(evaluations).values(values)
             same = insert.on_conflict_do_nothing(index_elements=["idempotency_key"])
-            inserted = connection.execute(same).rowcount == 1
+            # Not by rowcount: psycopg has none of an insert that returns its row.
+            made = connection.execute(same.returning(evaluations.c.id)).one_or_none()
+            inserted = made is not None
             where = (
                 evaluations.c.id == values["id"]
                 if inserted
@@ -247,12 +254,14 @@ class Jobs:
         return Lease(job, job.fence)
 
     def beat(self, job_id: str, fence: int, progress: Mapping[str, Any] | None = None) -> Beat:
-        """Renew a lease, with how far the job is."""
+        """Renew a lease, with how far the job is; one of a job that is being cancelled runs out."""
         values: dict[str, Any] = {}
         if progress is not None:
             values["progress"] = orjson.dumps(progress).decode()
         with self._transaction() as connection:
-            values["lease_until"] = self._now(connection) + self.lease_s
+            renewed = self._now(connection) + self.lease_s
+            wanted = evaluations.c.cancel == 0
+            values["lease_until"] = sa.case((wanted, renewed), else_=evaluations.c.lease_until)
             held = connection.execute(_held(job_id, fence).values(values)).rowcount == 1
             cancel = connection.scalar(
                 sa.select(evaluations.c.cancel).where(evaluations.c.id == job_id)
@@ -302,7 +311,11 @@ class Jobs:
             return self._requeue(connection, job_id, fence, attempts=row.attempts - 1)
 
     def cancel(self, job_id: str) -> Job | None:
-        """Cancel a job: at once where nobody holds it, else its worker is told at its next beat."""
+        """Cancel a job: at once where nobody holds it, else its worker is told at its next beat.
+
+        A worker that does not end it within CANCEL_S has lost it: the next sweep ends it, and what
+        the worker says later is as late as with any lease that ran out.
+        """
         with self._transaction() as connection:
             now = self._now(connection)
             connection.execute(
@@ -312,8 +325,18 @@ class Jobs:
             )
             connection.execute(
                 sa.update(evaluations)
-                .where(evaluations.c.id == job_id, evaluations.c.status == RUNNING)
-                .values(cancel=1)
+                .where(
+                    evaluations.c.id == job_id,
+                    evaluations.c.status == RUNNING,
+                    evaluations.c.cancel == 0,
+                )
+                .values(
+                    cancel=1,
+                    lease_until=sa.case(
+                        (evaluations.c.lease_until < now + CANCEL_S, evaluations.c.lease_until),
+                        else_=now + CANCEL_S,
+                    ),
+                )
             )
             row = connection.execute(_of(job_id)).one_or_none()
         return None if row is None else _job(row)
@@ -352,7 +375,10 @@ class Jobs:
                 )
                 ring.append((row.id, row.queue))
             connection.execute(sa.delete(workers).where(workers.c.seen_at < now - _GONE_S))
-        return Swept(ring, expired)
+            cancelling = sa.and_(evaluations.c.status == RUNNING, evaluations.c.cancel == 1)
+            query = sa.select(sa.func.min(evaluations.c.lease_until)).where(cancelling)
+            until = connection.scalar(query)
+        return Swept(ring, expired, None if until is None else max(0.0, until - now))
 
     def next_queued(self, queues: Sequence[str]) -> tuple[str, str] | None:
         """(id, queue) of the job of these queues that has waited longest."""

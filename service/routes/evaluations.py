@@ -129,11 +129,13 @@ async def get_evaluation(request: Request, evaluation: str) -> Response:
     summary="Cancel an evaluation",
 )
 async def cancel(request: Request, evaluation: str) -> Response:
-    """A queued one at once; a running one within 10 s. One that has ended stays as it is."""
+    """A queued one at once; a running one within 10 s, also where its worker is dead. One that
+    has ended stays as it is.
+    """
     runtime = runtime_of(request)
 
     def ask() -> dict[str, Any]:
-        job = runtime.evaluations.jobs.cancel(evaluation)
+        job = runtime.evaluations.cancel(evaluation)
         if job is None:
             raise not_found(evaluation)
         return runtime.evaluations.described(job)

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from service.jobs import (
+    CANCEL_S,
     ENDED,
     MAX_ATTEMPTS,
     RING_AGAIN_S,
@@ -187,6 +188,35 @@ def test_cancel__in_every_state(jobs: Jobs, clock: Clock) -> None:
     assert all(jobs.get(job_id).finished_at for job_id in (queued, running, silent))  # type: ignore[union-attr]
 
 
+def test_cancel__ends_soon_although_the_worker_is_dead(jobs: Jobs, clock: Clock) -> None:
+    job_id = submitted(jobs)
+    lease = jobs.lease(job_id, "dead")
+    assert lease is not None
+    assert jobs.sweep().again_s is None
+    clock.now += 1
+    jobs.cancel(job_id)
+    assert jobs.sweep().again_s == CANCEL_S
+    clock.now += 2
+    jobs.cancel(job_id)  # asking twice gives no longer
+    assert jobs.beat(job_id, lease.fence) == (True, True)  # nor does saying that one has heard
+    clock.now += CANCEL_S - 2
+    assert jobs.sweep()[1:] == (0, 0.0)
+    clock.now += 0.1
+    assert jobs.sweep()[1:] == (1, None)
+    assert status(jobs, job_id) == ("cancelled", 1)
+    assert not jobs.beat(job_id, lease.fence).held
+    assert not jobs.succeed(job_id, lease.fence, b"{}", b"")  # it was not dead after all
+    assert (status(jobs, job_id)[0], jobs.report(job_id)) == ("cancelled", None)
+
+
+def test_cancel__leaves_a_lease_that_ends_sooner_as_it_is(jobs: Jobs, clock: Clock) -> None:
+    job_id = submitted(jobs)
+    assert jobs.lease(job_id, "a") is not None
+    clock.now += LEASE_S - 1
+    jobs.cancel(job_id)
+    assert jobs.sweep().again_s == 1
+
+
 @pytest.mark.parametrize("end", ["crashed", "give_back"])
 def test_cancel__of_what_would_be_tried_again_ends_it(jobs: Jobs, end: str) -> None:
     job_id = submitted(jobs)
@@ -261,8 +291,13 @@ def test_two_openings__see_each_others_jobs(jobs: Jobs, tmp_path: Path, clock: C
 def test_postgresql__keeps_them_too(new_database: Callable[[], str], tmp_path: Path) -> None:
     url = new_database()
     jobs, other = Jobs(tmp_path, url), Jobs(tmp_path, url)
-    job, _ = jobs.submit(REQUEST, key="k")
+    job, is_new = jobs.submit(REQUEST, key="k")
+    assert is_new
     assert other.submit(REQUEST, key="k") == (job, False)
+    without_key = [jobs.submit(REQUEST) for _ in range(2)]
+    assert len({each.id for each, is_new in without_key if is_new}) == 2
+    for each, _ in without_key:
+        jobs.cancel(each.id)
     lease = other.lease(job.id, "there")
     assert lease is not None
     assert jobs.lease(job.id, "here") is None
@@ -271,6 +306,12 @@ def test_postgresql__keeps_them_too(new_database: Callable[[], str], tmp_path: P
     jobs.seen("a", ["cpu"])
     jobs.seen("a", ["gpu"])
     assert jobs.served() == {"cpu": False, "gpu": True}
+    cancelled = jobs.submit(REQUEST)[0]
+    assert other.lease(cancelled.id, "dead") is not None
+    jobs.cancel(cancelled.id)
+    again_s = jobs.sweep().again_s
+    assert again_s is not None
+    assert 0 < again_s <= CANCEL_S
     assert other.succeed(job.id, lease.fence, b'{"a": 1}', b"<p>")
     assert jobs.report(job.id) == ({"a": 1}, b"<p>")
     assert jobs.counts()["succeeded"] == 1

@@ -114,6 +114,23 @@ def test_cancel__ends_what_nobody_works_on(service: Any) -> None:
     refused(service.client.delete("/evaluations/none"), 404, "evaluation_not_found")
 
 
+def test_cancel__ends_what_a_dead_worker_holds(
+    service: Any, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs.CANCEL_S", 0.3)  # the sweep is due in 15 s
+    accepted = service.client.post("/evaluations", json=ASKED).json()
+    lease = jobs.lease(accepted["id"], "dead")
+    assert lease is not None
+    where = f"/evaluations/{accepted['id']}"
+    assert service.client.delete(where).json()["status"] == "running"
+    with service.client.stream("GET", f"{where}/events") as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
+    ended = json.loads(lines[-1].removeprefix("data: "))
+    assert (ended["status"], ended["error"]) == ("cancelled", None)
+    assert ended["finished_at"] - ended["started_at"] < 10
+    assert not jobs.succeed(accepted["id"], lease.fence, b"{}", b"")
+
+
 def test_key__gives_the_same_evaluation(service: Any) -> None:
     def post(body: Any) -> Any:
         return service.client.post("/evaluations", json=body, headers={"Idempotency-Key": "k"})
