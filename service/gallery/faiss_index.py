@@ -327,9 +327,12 @@ class _Best:
             if count >= size:
                 self._merge(places, part, inside, rows, usable)
                 return
-            whole = scores[:, -1] < self._floor(places, scores, usable) - 2 * part.error
-            if whole.all():
-                self._merge(places, part, inside, rows, usable)
+            floor = self._floor(places, scores, usable) - 2 * part.error
+            whole = scores[:, -1] < floor
+            if whole.all():  # what lies below the floor of every query need not be scored again
+                width = int((scores >= floor[:, None]).sum(axis=1).max())
+                kept = None if usable is None else usable[:, :width]
+                self._merge(places, part, inside[:, :width], rows[:, :width], kept)
                 return
             every = np.arange(len(self._queries)) if places is None else places
             self._merge(
