@@ -26,6 +26,7 @@ from service.gallery.protocol import StorageError
 from service.jobs import GPU, Jobs, Lease
 
 COMMAND = (sys.executable, "-m", "trainer.evaluate")
+INTERRUPTED = "interrupted"  # what trainer.evaluate says after SIGTERM
 LOG_BYTES = 8192  # kept of what a failed child said on stderr
 _LINE_BYTES = 64 * 1024
 _LOOK_S = 0.1
@@ -90,6 +91,8 @@ def attempt(
         with _Child(command, directory / "job.json", output, limits.memory_bytes) as child:
             verdict = _watch(jobs, lease, child, limits, stopping)
             child.end(gently=verdict != "lost")
+        if verdict is None and child.interrupted and stopping():
+            verdict = "given_back"  # a service manager signals the worker and its child alike
         if verdict is None:
             return _settle(jobs, lease, child, output)
         if verdict == "time_limit":
@@ -152,6 +155,10 @@ def _settle(jobs: Jobs, lease: Lease, child: "_Child", output: Path) -> str:
             return "failed"
         return "succeeded" if jobs.succeed(job_id, fence, document, page) else "lost"
     assert code is not None
+    if child.interrupted:
+        message = "its process was asked to end, by SIGTERM or SIGINT, and not by its worker"
+        jobs.crashed(job_id, fence, child.error(INTERRUPTED, message))
+        return "crashed"
     if child.said is not None:  # it knew what was wrong: another try would find the same
         jobs.fail(job_id, fence, child.error(child.said["code"], child.said["message"]))
         return "failed"
@@ -206,6 +213,11 @@ class _Child:
     def code(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
         return self._process.poll()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it says that a signal ended it: nothing is wrong with its job."""
+        return self.said is not None and self.said["code"] == INTERRUPTED
 
     def error(self, code: str, message: str) -> dict[str, str]:
         """What is kept of a failed job."""

@@ -23,7 +23,7 @@ from service.observability import Metrics
 from service.settings import Settings
 
 SCHEMA_FILE = Path(__file__).with_name("evaluation_job.schema.json")
-SWEEP_S = 15.0
+SWEEP_S = 10.0
 _AFTER_S = 0.1  # a lease is over when its time has passed, not when it has come
 # Hours on a CPU at the least: these ask for a GPU unless they say otherwise.
 ON_GPU = frozenset({"detection"})

@@ -32,7 +32,7 @@ from trainer.representation.bundle import BundleError, open_bundle
 
 DIRECTORY = "evaluations"
 FEATURES = "features"
-SWEEP_S = 15.0
+SWEEP_S = 10.0
 STUCK_S = 60.0  # rung for, idle, and nothing comes: the connection is dead although it looks well
 STUCK_EXIT = 75  # "try again": whoever started the worker starts it anew
 
@@ -133,6 +133,12 @@ class Worker:
         if waiting is not None:
             self._doorbell.ring(*waiting)
 
+    def is_stuck(self, queues: Sequence[str]) -> bool:
+        """Whether jobs of these queues wait, this worker is idle, and none came for a while."""
+        if self._busy or time.monotonic() - self._idle_since < self._stuck_s:
+            return False
+        return any(self.jobs.oldest_queued_s(queue) > self._stuck_s for queue in queues)
+
     def _describe(self, lease: Lease) -> Mapping[str, Any]:
         request = lease.job.request
         settings = self._settings
@@ -178,7 +184,7 @@ class Worker:
             try:
                 self.jobs.seen(self.name, self._queues)
                 self._doorbell.ring_all(self.jobs.sweep().ring)
-                if self._is_stuck():
+                if self.is_stuck(self._queues):
                     _log.error("worker_stuck", idle_s=round(time.monotonic() - self._idle_since))
                     sys.stderr.flush()
                     os._exit(STUCK_EXIT)
@@ -186,12 +192,6 @@ class Worker:
                 _log.warning("sweep_failed", reason=str(error))
             if self._ending.wait(self._sweep_s):
                 return
-
-    def _is_stuck(self) -> bool:
-        """Jobs wait, this worker is idle, and yet none came for a while."""
-        if self._busy or time.monotonic() - self._idle_since < self._stuck_s:
-            return False
-        return any(self.jobs.oldest_queued_s(queue) > self._stuck_s for queue in self._queues)
 
 
 def make(settings: Settings, **options: Any) -> Celery:

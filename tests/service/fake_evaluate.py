@@ -46,11 +46,15 @@ def main(job: Path, output: Path) -> int:
     if what == "refuse":
         say({"error": {"code": "dataset_invalid", "message": "one class only"}})
         return 2
+    if what == "interrupted":
+        say({"error": {"code": "interrupted", "message": "interrupted; no report was written"}})
+        return 143
     if what == "no report":
         return 0
     time.sleep(settings.get("seconds", 0))
     (output / "report.html").write_text("<p>fine</p>")
-    (output / "report.json").write_text(json.dumps({"seed": values["seed"], "job": values}))
+    report = {"seed": values["seed"], "job": values, "pid": os.getpid()}
+    (output / "report.json").write_text(json.dumps(report))
     return 0
 
 

@@ -156,6 +156,21 @@ def test_worker__that_stops_gives_the_job_back(run: Any, tmp_path: Path) -> None
     assert (outcome, job.status, job.attempts) == ("given_back", "queued", 0)
 
 
+def test_child__that_was_signalled_is_tried_again(run: Any, monkeypatch: Any) -> None:
+    outcome, job = run(do="interrupted")
+    assert (outcome, job.status, job.attempts) == ("crashed", "queued", 1)
+    assert (job.error["code"], "SIGTERM" in job.error["message"]) == ("interrupted", True)
+
+    def until_it_ends(jobs: Jobs, lease: Lease, child: Any, *_: Any) -> None:
+        while child.code() is None:
+            threading.Event().wait(0.02)
+
+    # Its worker was signalled, too, and is slower to notice than the child to end.
+    monkeypatch.setattr(attempt_module, "_watch", until_it_ends)
+    outcome, job = run(stopping=lambda: True, job_id=job.id)
+    assert (outcome, job.status, job.attempts) == ("given_back", "queued", 1)
+
+
 def test_lease__that_went_to_another_ends_the_child_without_a_word(
     run: Any, jobs: Jobs, tmp_path: Path
 ) -> None:

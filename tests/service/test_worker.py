@@ -1,0 +1,117 @@
+"""service.worker: a worker that hears nothing although jobs wait ends, to be started again."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.doorbell import Doorbell, celery_application
+from service.jobs import CPU, GPU, Jobs, Request
+from service.settings import Settings
+from service.worker import STUCK_EXIT, Worker
+from tests.service.conftest import build_bundle
+from trainer.representation.bundle import open_bundle
+
+ROOT = Path(__file__).parents[2]
+FAKE = Path(__file__).with_name("fake_evaluate.py")
+WAIT_S = 120
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    (tmp_path / "datasets.yaml").write_text("set: {kind: folder, root: nowhere}\n")
+    return Settings(
+        bundle=build_bundle(tmp_path / "bundle"),
+        state=tmp_path / "state",
+        datasets=tmp_path / "datasets.yaml",
+    )
+
+
+@pytest.fixture
+def jobs(settings: Settings) -> Iterator[Jobs]:
+    settings.state.mkdir()
+    opened = Jobs(settings.state)
+    yield opened
+    opened.close()
+
+
+def submitted(jobs: Jobs, settings: Settings, **asked: Any) -> str:
+    model = open_bundle(settings.bundle).model_id
+    return jobs.submit(Request("knn", "set", asked, 0, model, CPU))[0].id
+
+
+def start_worker(settings: Settings, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "celery", "-A", "tests.faults.fake_worker", "worker", "-Q", CPU,
+         "--loglevel", "warning", "--without-gossip", "--without-mingle"],
+        cwd=ROOT, env={**os.environ, **settings.environment(), **environment},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_watchdog__ends_a_worker_that_is_connected_and_hears_nothing(
+    jobs: Jobs, settings: Settings
+) -> None:
+    job_id = submitted(jobs, settings)
+    application = celery_application(settings.state, None, limit_s=60)
+    assert Doorbell(application).ring(job_id, CPU)
+    deaf = start_worker(settings, FAKE_DEAF="1", FAKE_STUCK_S="0.5", FAKE_SWEEP_S="0.2")
+    try:
+        assert deaf.wait(WAIT_S) == STUCK_EXIT
+    finally:
+        deaf.kill()
+    found = jobs.get(job_id)
+    assert found is not None
+    assert (found.status, found.attempts) == ("queued", 0)  # its message lay there all the time
+    again = start_worker(settings)
+    try:
+        while not (found := jobs.get(job_id)).ended:  # type: ignore[union-attr]
+            assert again.poll() is None
+    finally:
+        again.terminate()
+        assert again.wait(WAIT_S) == 0
+    assert found is not None
+    assert (found.status, found.attempts) == ("succeeded", 1)
+
+
+def test_watchdog__leaves_a_worker_alone_that_has_nothing_to_do(
+    jobs: Jobs, settings: Settings
+) -> None:
+    application = celery_application(settings.state, None, limit_s=60)
+    worker = Worker(settings, application, stuck_s=0)
+    assert not worker.is_stuck([CPU])
+    job_id = submitted(jobs, settings)
+    assert worker.is_stuck([CPU])
+    assert not worker.is_stuck([GPU])  # others are there for it
+    assert not Worker(settings, application, stuck_s=WAIT_S).is_stuck([CPU])  # it may yet come
+    assert jobs.lease(job_id, "another") is not None
+    assert not worker.is_stuck([CPU])
+    worker.jobs.close()
+
+
+def test_watchdog__leaves_a_worker_alone_that_is_at_work(
+    jobs: Jobs, settings: Settings, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    job_id = submitted(jobs, settings, do="hang", ready=str(ready))
+    submitted(jobs, settings)
+    worker = Worker(
+        settings,
+        celery_application(settings.state, None, limit_s=60),
+        command=(sys.executable, str(FAKE)),
+        stuck_s=0,
+    )
+    working = threading.Thread(target=worker.evaluate, args=(job_id,))
+    working.start()
+    while not ready.exists():
+        threading.Event().wait(0.02)
+    assert not worker.is_stuck([CPU])
+    jobs.cancel(job_id)
+    working.join()
+    assert worker.is_stuck([CPU])
+    worker.jobs.close()
