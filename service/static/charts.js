@@ -9,14 +9,17 @@ const PAD = { left: 52, right: 16, top: 12, bottom: 36 };
 /** A share as per cent, any other number with four digits. */
 export const figure = (value) => (value === null || value === undefined ? "" : value >= 0 && value <= 1 ? percent(value) : String(Number(value.toPrecision(4))));
 
+/** A metric as people say it: top1 is top-1, mean_per_class has blanks. */
+export const metricName = (name) => name.replaceAll("_", " ").replace(/^top(\d)/, "top-$1");
+
 /** [low, high] of figures. */
 export const interval = (ends) => (ends ? `${figure(ends[0])} – ${figure(ends[1])}` : "");
 
 /** Round steps between two values. */
-export function ticks(low, high, about = 5) {
+export function ticks(low, high, about = 5, least = 0) {
   const raw = (high - low || 1) / about;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= raw);
+  const step = Math.max(least, [1, 2, 5, 10].map((n) => n * power).find((n) => n >= raw));
   const found = [];
   for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step) found.push(Number(at.toPrecision(12)));
   return found;
@@ -35,7 +38,7 @@ export function lineChart({ title, unit, x: xName, lines }) {
   return h("figure", { class: "chart" }, h("figcaption", null, h("h2", null, title), unit && h("small", { class: "soft" }, unit)),
     svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}: ${names.map((name) => `${name} ends at ${figure(lines[name].at(-1)?.[1])}`).join(", ")}` },
       ticks(yLow - yPad, yHigh + yPad, 4).map((v) => [svg("line", { class: "rule", x1: PAD.left, x2: WIDTH - PAD.right, y1: y(v), y2: y(v) }), svg("text", { x: PAD.left - 8, y: y(v) + 4, "text-anchor": "end" }, String(v))]),
-      ticks(xLow, xHigh, 6).map((v) => svg("text", { x: x(v), y: HEIGHT - PAD.bottom + 18, "text-anchor": "middle" }, String(v))),
+      ticks(xLow, xHigh, 6, xs.every(Number.isInteger) ? 1 : 0).map((v) => svg("text", { x: x(v), y: HEIGHT - PAD.bottom + 18, "text-anchor": "middle" }, String(v))),
       svg("text", { x: (PAD.left + WIDTH - PAD.right) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, xName),
       names.map((name, i) => [svg("polyline", { class: `line n${i % 4}`, points: lines[name].map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join(" ") }),
         lines[name].length < 30 && lines[name].map((p) => svg("circle", { class: `spot n${i % 4}`, cx: x(p[0]), cy: y(p[1]), r: 3 }, svg("title", null, `${name}: ${p[0]}, ${p[1]}`)))])),
@@ -45,8 +48,7 @@ export function lineChart({ title, unit, x: xName, lines }) {
 /** A confusion matrix, rows the labels; `chosen(label, predicted)` when a cell is clicked. */
 export function confusion(matrix, names, chosen) {
   const most = Math.max(...matrix.flatMap((row, i) => row.filter((_, j) => i !== j)), 1);
-  return h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Confusion matrix" }, h("table", { class: "confusion" },
-    h("caption", null, "Rows: what it is. Columns: what was predicted."),
+  return h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Confusion matrix" }, h("p", { class: "soft small" }, "Rows: what it is. Columns: what was predicted."), h("table", { class: "confusion" },
     h("thead", null, h("tr", null, h("td"), names.map((name) => h("th", { scope: "col" }, h("span", null, name))))),
     h("tbody", null, matrix.map((row, i) => {
       const sum = row.reduce((a, b) => a + b, 0) || 1;

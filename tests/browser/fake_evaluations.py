@@ -90,7 +90,7 @@ def job(name: str, status: str, **more: Any) -> dict[str, Any]:
         "status": status,
         "progress": None,
         "attempts": 1,
-        "created_at": "2026-11-26T10:00:00Z",
+        "created_at": 1795687200.25,
         "started_at": None,
         "finished_at": None,
         **more,
@@ -131,7 +131,8 @@ class FakeEvaluations:
         elif rest == "events":
             route.fulfill(content_type="text/event-stream", body=self._events(name))
         elif not name:
-            route.fulfill(json={"items": list(self.jobs.values()), "next": None})
+            listed = [each | {"report": None} for each in self.jobs.values()]
+            route.fulfill(json={"items": listed, "next": None})
         else:
             route.fulfill(json=self.jobs[name])
 

@@ -3,12 +3,14 @@
 
 import { Problem, ask, newKey, pause, query, stream } from "../api.js";
 import { count, empty, h, labelled, moment, percent, plural, select, show as put } from "../dom.js";
-import { figure, interval, intervals } from "../charts.js";
+import { figure, interval, intervals, metricName } from "../charts.js";
 import { showReport } from "./report.js";
 
 const ENDED = new Set(["succeeded", "failed", "cancelled", "lost"]);
 const LOOK_EVERY_S = 2;
 const PAGE = 50;
+const AT_ONCE = 4; // reports that are asked for together
+const headlines = new Map(); // id -> the headline of its report, which never changes
 // Protocol -> its name, which kinds of data sets it takes, and the settings that are often changed:
 // all others keep the defaults of the service.
 const PROTOCOLS = {
@@ -34,17 +36,45 @@ const share = ({ done = 0, total = 0 } = {}) => (total ? Math.min(1, done / tota
 async function showAll(main, { signal, shown }) {
   const { items: datasets, problem } = await ask("datasets", { signal });
   const list = h("div", { class: "panel" });
+  const asked = datasets.length ? form(datasets, signal) : empty("No labelled data sets", "The operator registers them: a YAML file given to the service.", h("pre", null, "python -m service.run --datasets FILE ..."));
   put(main, h("div", { class: "head" }, h("h1", null, "Evaluations"), h("p", { class: "tally" }, "How good the encoder is on labelled images.")),
     problem && h("p", { class: "wrong" }, problem),
-    datasets.length ? form(datasets, signal) : empty("No labelled data sets", "The operator registers them: a YAML file given to the service.", h("pre", null, "python -m service.run --datasets FILE ...")), list);
+    asked, list);
   const marked = new Set();
+  let counting = datasets.some(({ state }) => state === "counting");
   for (;;) {
-    const { items } = await ask(query("evaluations", { limit: PAGE }), { signal });
-    if (!list.contains(document.activeElement) || items.some((each) => !ENDED.has(each.status))) put(list, items.length ? table(items, marked) : datasets.length && empty("No evaluations yet", "Choose a data set and a protocol above."));
+    const { items, next } = await ask(query("evaluations", { limit: PAGE }), { signal });
+    const going = items.some((each) => !ENDED.has(each.status));
+    if (!list.contains(document.activeElement) || going) put(list, items.length ? table(items, marked) : datasets.length && empty("No evaluations yet", "Choose a data set and a protocol above."), next && h("p", { class: "soft" }, `The newest ${PAGE} are listed.`));
     shown();
-    if (items.every((each) => ENDED.has(each.status))) return;
+    await readHeadlines(list, items, signal);
+    if (!going && !counting) return;
     await pause(LOOK_EVERY_S, signal);
+    if (counting) {
+      const now = (await ask("datasets", { signal })).items;
+      counting = now.some(({ state }) => state === "counting");
+      asked.tell(now);
+    }
   }
+}
+
+/** A list leaves the reports out: each is asked for once, and its headline put into its row. */
+async function readHeadlines(list, items, signal) {
+  const left = items.filter(({ id, status: name }) => name === "succeeded" && !headlines.has(id));
+  await Promise.all(Array.from({ length: AT_ONCE }, async () => {
+    for (let each = left.shift(); each; each = left.shift()) {
+      const { report } = await ask(path(each.id), { signal });
+      headlines.set(each.id, report?.headline);
+      const row = [...list.querySelectorAll("tr[data-id]")].find(({ dataset }) => dataset.id === each.id);
+      row?.querySelectorAll("td.number").forEach((cell, i) => put(cell, headlineCells(each.id)[i]));
+    }
+  }));
+}
+
+/** What the two cells of a headline say. */
+function headlineCells(id) {
+  const head = headlines.get(id);
+  return head ? [[figure(head.value), h("small", null, metricName(head.metric))], interval(head.interval)] : ["", ""];
 }
 
 /** The form, generated from the registered data sets. */
@@ -55,10 +85,15 @@ function form(datasets, signal) {
   const protocol = select("Protocol", [], "", () => fields());
   const dataset = select("Data set", datasets.map(({ name }) => [name, name]), datasets[0].name, () => choose());
   const seed = h("input", { type: "number", name: "seed", value: 0, min: 0, required: true });
-  const chosen = () => datasets.find(({ name }) => name === dataset.value);
-  function choose() {
-    const { kind, state, task, classes, counts, problem } = chosen();
+  let known = datasets;
+  const chosen = () => known.find(({ name }) => name === dataset.value);
+  function describe() {
+    const { kind, state, classes, counts, problem } = chosen();
     facts.textContent = problem ?? (state === "counting" ? `${kind}, being counted` : [kind, classes ? plural(classes, "class", "classes") : "", ...Object.entries(counts ?? {}).map(([name, n]) => `${count(n)} ${name}`)].filter(Boolean).join(" · "));
+  }
+  function choose() {
+    describe();
+    const { kind, task } = chosen();
     const fitting = Object.entries(PROTOCOLS).filter(([, [, wants]]) => !task || wants === task || (wants === "detection" && kind === "voc"));
     put(protocol, fitting.map(([name, [text]]) => h("option", { value: name }, text)));
     fields();
@@ -79,6 +114,10 @@ function form(datasets, signal) {
       wrong.textContent = error.message;
     }
   } }, labelled("Data set", dataset), labelled("Protocol", protocol), settings, labelled("Seed", seed), h("button", { class: "button primary" }, "Evaluate"), facts, wrong);
+  box.tell = (now) => {
+    known = now;
+    describe();
+  };
   return box;
 }
 
@@ -92,8 +131,8 @@ function table(items, marked) {
   return [h("p", { class: "row" }, compare, h("span", { class: "soft" }, "Mark two that have succeeded.")), h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Evaluations" }, h("table", { class: "table" },
     h("thead", null, h("tr", null, h("th", null, h("span", { class: "hidden" }, "Marked")), ["Evaluation", "Status", "Result", "Interval", "Made"].map((text) => h("th", null, text)))),
     h("tbody", null, items.map((each) => {
-      const head = each.report?.headline;
-      return h("tr", null,
+      const [value, ends] = headlineCells(each.id);
+      return h("tr", { "data-id": each.id },
         h("td", null, each.status === "succeeded" && h("input", { type: "checkbox", checked: marked.has(each.id), "aria-label": `Mark ${protocolName(each.protocol)} on ${each.dataset} of ${moment(each.created_at)}`, onchange: (event) => {
           if (event.target.checked) marked.add(each.id);
           else marked.delete(each.id);
@@ -101,8 +140,8 @@ function table(items, marked) {
         } })),
         h("td", null, h("a", { href: link(each.id) }, `${protocolName(each.protocol)} · ${each.dataset}`)),
         h("td", null, status(each)),
-        h("td", { class: "number" }, head ? `${figure(head.value)} ${head.metric}` : ""),
-        h("td", { class: "number" }, interval(head?.interval)),
+        h("td", { class: "number" }, value),
+        h("td", { class: "number" }, ends),
         h("td", null, moment(each.created_at)));
     }))))];
 }
@@ -153,20 +192,20 @@ async function showComparison(main, { values, signal }) {
   if (!a || !b) return main.append(empty("Nothing to compare", "Both must have succeeded."));
   const name = (report, i) => `${"AB"[i]} · ${protocolName(report.protocol)} · ${report.dataset.name} · model ${report.model_id.slice(0, 8)} · seed ${report.seed}`;
   const [ha, hb] = [a.headline, b.headline];
-  main.append(h("section", { class: "report" }, h("h2", null, ha.metric), intervals([a, b].map((report, i) => ({ name: name(report, i), value: report.headline.value, interval: report.headline.interval }))), difference(ha, hb, a, b)));
+  main.append(h("section", { class: "report" }, h("h2", null, metricName(ha.metric)), intervals([a, b].map((report, i) => ({ name: name(report, i), value: report.headline.value, interval: report.headline.interval }))), difference(ha, hb, a, b)));
   const rows = metricsOf(a).filter(([key]) => metricsOf(b).some(([other]) => other === key)).map(([key, value, ends]) => {
     const [, other, otherEnds] = metricsOf(b).find(([k]) => k === key);
     return h("tr", null, h("td", null, key), h("td", { class: "number" }, figure(value), h("small", null, interval(ends))), h("td", { class: "number" }, figure(other), h("small", null, interval(otherEnds))), h("td", { class: "number" }, signed(other - value)));
   });
-  main.append(h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "All metrics" }, h("table", { class: "table" }, h("thead", null, h("tr", null, ["Result", "A", "B", "B − A"].map((text) => h("th", null, text)))), h("tbody", null, rows))));
+  main.append(!rows.length ? h("p", { class: "soft" }, "The two have no other result in common.") : h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "All metrics" }, h("table", { class: "table" }, h("thead", null, h("tr", null, ["Result", "A", "B", "B − A"].map((text) => h("th", null, text)))), h("tbody", null, rows))));
 }
 
 const signed = (value) => `${value > 0 ? "+" : ""}${Math.abs(value) <= 1 ? `${(100 * value).toFixed(1)} points` : value.toPrecision(3)}`;
-const metricsOf = (report) => report.results.flatMap((result) => Object.entries(result.metrics).map(([metric, value]) => [`${result.name} · ${metric}`, value, result.intervals[metric]]));
+const metricsOf = (report) => report.results.flatMap((result) => Object.entries(result.metrics).map(([metric, value]) => [`${result.name} · ${metricName(metric)}`, value, result.intervals[metric]]));
 
 /** B - A and its interval from the two intervals, as of independent samples. */
 function difference(ha, hb, a, b) {
-  if (ha.metric !== hb.metric) return h("p", { class: "soft" }, `A says ${ha.metric}, B ${hb.metric}: no difference is taken.`);
+  if (ha.metric !== hb.metric) return h("p", { class: "soft" }, `A says ${metricName(ha.metric)}, B ${metricName(hb.metric)}: no difference is taken.`);
   const value = hb.value - ha.value;
   const half = ha.interval && hb.interval ? Math.hypot((ha.interval[1] - ha.interval[0]) / 2, (hb.interval[1] - hb.interval[0]) / 2) : null;
   const same = a.dataset.fingerprint === b.dataset.fingerprint;

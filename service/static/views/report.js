@@ -3,7 +3,7 @@
 
 import { request } from "../api.js";
 import { count, h, moment, plural, save, show as put } from "../dom.js";
-import { confusion, figure, interval, intervals, lineChart } from "../charts.js";
+import { confusion, figure, interval, intervals, lineChart, metricName } from "../charts.js";
 
 const MOST_CLASSES = 40; // of a matrix that is drawn
 
@@ -14,7 +14,7 @@ export function showReport(main, job, signal) {
   if (headline.untrained !== null && headline.untrained !== undefined) rows.push({ name: "untrained", value: headline.untrained, interval: null });
   main.append(
     h("section", { class: "report" },
-      h("p", { class: "figure" }, h("b", { class: "number" }, figure(headline.value)), ` ${headline.metric} · ${headline.result}`),
+      h("p", { class: "figure" }, h("b", { class: "number" }, figure(headline.value)), ` ${metricName(headline.metric)} · ${headline.result}`),
       intervals(rows),
       headline.gain && h("p", { class: "soft" }, `Gain over the untrained network: ${interval(headline.gain)}.`),
       h("p", { class: "soft" }, `${dataset.name}: ${Object.entries(dataset.splits).map(([name, n]) => `${count(n)} ${name}`).join(", ")}, ${plural(dataset.class_names.length, "class", "classes")}. Model ${report.model_id.slice(0, 12)}, seed ${report.seed}${job.finished_at ? `, ${moment(job.finished_at)}` : ""}.`),
@@ -34,7 +34,7 @@ export function showReport(main, job, signal) {
 function results(all) {
   const metrics = [...new Set(all.flatMap((result) => Object.keys(result.metrics)))];
   return h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Results" }, h("table", { class: "table" },
-    h("thead", null, h("tr", null, h("th", null, "Result"), metrics.map((metric) => h("th", null, metric)))),
+    h("thead", null, h("tr", null, h("th", null, "Result"), metrics.map((metric) => h("th", null, metricName(metric))))),
     h("tbody", null, all.map((result) => h("tr", null, h("td", null, result.name), metrics.map((metric) => h("td", { class: "number" }, figure(result.metrics[metric]), h("small", null, interval(result.intervals[metric])))))))));
 }
 
