@@ -12,7 +12,8 @@ from types import FrameType
 from client import commands
 from client.blocking import Client
 from client.completion import SHELLS, completion
-from client.errors import InvpropError
+from client.errors import ConnectionFailed, InvpropError
+from client.version import VERSION
 
 URL = "http://127.0.0.1:8000"
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
@@ -43,19 +44,27 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"invprop {VERSION}")
     top.add_argument("--url", default=os.environ.get("INVPROP_URL", URL), help="the service")
     top.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="of a request")
     named = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # After the command too, where people write it.
+    where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    where.add_argument("--url", help="the service")
+    where.add_argument("--timeout", type=float, metavar="SECONDS", help="of a request")
 
-    info = named.add_parser("info", help="the model, the gallery, the limits")
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return named.add_parser(name, help=help, parents=[where])
+
+    info = command("info", help="the model, the gallery, the limits")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    embed = named.add_parser("embed", help="embeddings of pictures")
+    embed = command("embed", help="embeddings of pictures")
     embed.add_argument("pictures", nargs="+", metavar="PATH", help="files, folders; - reads paths")
     embed.add_argument("--features", action="store_true", help="the backbone's features instead")
     _outputs(embed)
 
-    add = named.add_parser("add", help="add pictures to the gallery")
+    add = command("add", help="add pictures to the gallery")
     add.add_argument(
         "pictures",
         nargs="+",
@@ -65,21 +74,21 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--journal", metavar="FILE", help="of a folder; beside it by default")
     add.add_argument("--json", action="store_true", help="the counts as JSON")
 
-    neighbours = named.add_parser("neighbours", help="the most similar items")
+    neighbours = command("neighbours", help="the most similar items")
     _queries(neighbours)
     neighbours.add_argument("-k", type=int, default=10, help="how many of each (10)")
     neighbours.add_argument(
         "--filter", action="append", default=[], metavar="FIELD=VALUE", help="of the metadata"
     )
 
-    groups = named.add_parser("groups", help="what propagation reaches from a picture or item")
+    groups = command("groups", help="what propagation reaches from a picture or item")
     _queries(groups)
     groups.add_argument("-k", type=int, default=4, help="neighbours of each (4)")
     groups.add_argument("--steps", type=int, default=3, help="hops (3)")
     groups.add_argument("--order", choices=["nearest", "hardest", "step"], default="nearest")
     groups.add_argument("--limit", type=int, default=200, help="members listed of each (200)")
 
-    evaluate = named.add_parser("evaluate", help="run an evaluation and wait for its report")
+    evaluate = command("evaluate", help="run an evaluation and wait for its report")
     evaluate.add_argument("protocol", nargs="?", help="knn, linear_probe, ...")
     evaluate.add_argument("dataset", nargs="?", help="its name; without both: list them")
     evaluate.add_argument(
@@ -89,14 +98,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-wait", action="store_true", help="only submit it")
     evaluate.add_argument("--json", action="store_true", help="the whole object as JSON")
 
-    export = named.add_parser("export", help="the items of the gallery with their vectors")
+    export = command("export", help="the items of the gallery with their vectors")
     _outputs(export)
     export.add_argument("--no-vectors", action="store_true", help="ids and metadata, JSON only")
     export.add_argument(
         "--filter", action="append", default=[], metavar="FIELD=VALUE", help="of the metadata"
     )
 
-    delete = named.add_parser("delete", help="delete items")
+    delete = command("delete", help="delete items")
     delete.add_argument("ids", nargs="+", metavar="ID", help="- reads ids from stdin")
 
     shell = named.add_parser("completion", help="completion for a shell, to be sourced")
@@ -136,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"invprop {given.command}: {error}")
         return USAGE
     except (InvpropError, OSError, ImportError) as error:
+        if isinstance(error, ConnectionFailed):
+            error.add_note(f"is a service running at {given.url}? --url or INVPROP_URL says where")
         _say("\n  ".join([f"invprop {given.command}: {error}", *getattr(error, "__notes__", ())]))
         return FAILED
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -13,10 +13,10 @@ from typing import Any
 
 from client.blocking import Client
 from client.errors import Rejected
-from client.models import Evaluation, Item
+from client.models import Evaluation, Item, Json
 from client.output import Rows, rows_file
 from client.paths import local_path, pictures_in
-from client.progress import meter
+from client.progress import Meter, meter
 
 # Pictures of one call: enough to keep several parts on their way.
 PICTURES_AT_ONCE = 512
@@ -35,7 +35,7 @@ def info(service: Client, given: argparse.Namespace) -> int:
     _line(f"runs on    {found.execution_provider}, {found.precision}")
     _line(f"gallery    {found.gallery['items']} items, version {found.gallery_version}")
     for name, limit in found.limits.items():
-        _line(f"  {name:<28} {limit.limit:>14,}")
+        _line(f"  {name:<28} {format(limit.limit, ',') if limit.limit else 'none':>14}")
     return 0
 
 
@@ -55,7 +55,7 @@ def embed(service: Client, given: argparse.Namespace) -> int:
                 good = [n for n in range(len(names)) if n not in bad]
                 write([names[n] for n in good], [found.embeddings[n] for n in good], None)
             done += len(part)
-            told(done, 0)
+            told(done - failed, 0)
     return 1 if failed else 0
 
 
@@ -148,6 +148,7 @@ def evaluate(service: Client, given: argparse.Namespace) -> int:
             for now in service.evaluations.events(found.id):
                 found = now
                 progress = now.progress or {}
+                told.of(str(progress.get("stage") or now.status))
                 told(int(progress.get("done") or 0), int(progress.get("total") or 0))
     return _report(found, as_json=given.json)
 
@@ -202,12 +203,28 @@ def _report(found: Evaluation, *, as_json: bool) -> int:
         _json(dataclasses.asdict(found))
     else:
         _line(f"{found.id}\t{found.status}")
-        for name, value in (found.report or {}).items():
-            if isinstance(value, int | float | str):
-                _line(f"  {name:<28} {value}")
+        for name, value in _headline(found.report or {}):
+            _line(f"  {name:<28} {value}")
         if found.error:
             _line(f"  {found.error}")
     return 1 if found.ended and found.status != "succeeded" else 0
+
+
+def _headline(report: Json) -> Iterator[tuple[str, str]]:
+    """What a report comes down to; --json has all of it."""
+    head = report.get("headline") or {}
+    if "value" not in head:
+        return
+    name = f"{head.get('metric', 'result')} ({head.get('result', report.get('protocol', ''))})"
+    yield name, f"{head['value']:.4f}{_interval(head.get('interval'))}"
+    if head.get("untrained") is not None:
+        yield "of an untrained encoder", f"{head['untrained']:.4f}"
+    if head.get("gain"):
+        yield "gain", _interval(head["gain"]).strip()
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return f"  {ends[0]:.4f} .. {ends[1]:.4f}" if ends else ""
 
 
 class _writer:
@@ -234,7 +251,7 @@ class _metered:
     def __init__(self, what: str) -> None:
         self._meter = meter(what)
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Meter:
         return self._meter
 
     def __exit__(self, *failure: Any) -> None:

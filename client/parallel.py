@@ -32,6 +32,8 @@ class Parallel:
         self._room = together.at_once
         self._drawn = 0
         self._exhausted = False
+        self._is_ahead = together.at_once > 1
+        self._next: Part | None = None
         self._again: list[Part] = []
         self._flying: dict[int, Part] = {}
         self._alone: set[int] = set()  # started where there was room for one: refused is refused
@@ -48,24 +50,22 @@ class Parallel:
         return self._failures[min(self._failures)] if self._failures else None
 
     def draw(self) -> Part | None:
-        """The next part to start; None when there is no room, no part left, or one has failed."""
-        if self._failures or len(self._flying) >= self._room:
+        """The next part to start; None when there is no room, no part left, or one has failed.
+
+        Where there is no room the one after is made ready: its pictures are read while others are
+        on their way, and it starts at once when one of them ends.
+        """
+        if len(self._flying) >= self._room:
+            if self._is_ahead:
+                self._make_ready()
+            return None
+        if self._failures:
             return None
         if self._again:
             return self._started(self._again.pop(0))
-        if self._exhausted:
-            return None
-        number = self._drawn
-        try:
-            make = next(self._parts, None)
-        except Exception as error:  # noqa: BLE001 - a caller's iterable: thrown into the call below
-            self._failures[number] = error
-            return None
-        if make is None:
-            self._exhausted = True
-            return None
-        self._drawn += 1
-        return self._started(Part(number, make))
+        self._make_ready()
+        part, self._next = self._next, None
+        return None if part is None else self._started(part)
 
     def ended(self, part: Part, error: BaseException | None) -> None:
         """Say how a part ended; one that found the service busy is drawn again, with less room."""
@@ -79,6 +79,20 @@ class Parallel:
             self._again.sort()
         else:
             self._failures[part.number] = error
+
+    def _make_ready(self) -> None:
+        if self._next is not None or self._exhausted or self._failures:
+            return
+        try:
+            make = next(self._parts, None)
+        except Exception as error:  # noqa: BLE001 - a caller's iterable: thrown into the call below
+            self._failures[self._drawn] = error
+            return
+        if make is None:
+            self._exhausted = True
+            return
+        self._next = Part(self._drawn, make)
+        self._drawn += 1
 
     def _started(self, part: Part) -> Part:
         self._flying[part.number] = part

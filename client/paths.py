@@ -30,6 +30,8 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: an address that somebody would have to fetch.
     """
+    if isinstance(name, Path):
+        return name  # made anew, it costs as much as reading a small file
     if not isinstance(name, str):
         return Path(name)
     scheme, _, rest = name.partition("://")

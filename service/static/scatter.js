@@ -194,7 +194,7 @@ export class Scatter {
       const ink = selected[i] ? marked : inks[colours[i]];
       const side = selected[i] ? size + 1 : size;
       for (let row = 0, at = y * width + x; row < side; row += 1, at += width) {
-        const cut = side > 4 && (row === 0 || row === side - 1) ? side >> 2 : 0; // round enough
+        const cut = side > 3 && (row === 0 || row === side - 1) ? side >> 2 : 0; // round enough
         for (let column = cut; column < side - cut; column += 1) pixels[at + column] = ink;
       }
     }

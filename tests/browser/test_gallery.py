@@ -23,6 +23,13 @@ def test_gallery__shows_pictures_and_says_how_many(visit: Any) -> None:
     page.wait_for_selector(".grid img")
     expect(page.locator(".tally")).to_have_text(f"{COUNT + 41} items")  # the rest came by cursor
     until(page, "[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
+    assert page.locator(".hint").count() == 0
+
+
+def test_gallery__without_any_picture__says_how_they_come_in(visit: Any) -> None:
+    visit.page.route("**/images/**", lambda route: route.fulfill(status=204))
+    page = visit.open("#/gallery")
+    expect(page.locator(".hint pre")).to_have_text(f"invprop --url {visit.site} add FOLDER")
 
 
 def test_gallery__filters_by_what_its_metadata_hold(visit: Any, pictures: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from client import Client, command_line, output
+from client.version import VERSION
 from tests.client.test_clients import ADDED, groups_of_each, lines_in, neighbours_of_each, skip_x
 
 Run = Callable[..., tuple[int, str, str]]
@@ -176,8 +177,20 @@ def test_groups(fake: Any, run: Run) -> None:
 
 
 def test_evaluate__waits_and_tells_the_report(fake: Any, run: Run) -> None:
-    done = {"id": "e1", "status": "succeeded", "report": {"top1": 0.5}}
-    text = f"data: {json.dumps(done)}\n\n"
+    headline = {
+        "result": "embedding, k=5",
+        "metric": "top1",
+        "value": 0.5,
+        "interval": [0.4, 0.6],
+        "untrained": 0.25,
+        "gain": [0.1, 0.3],
+    }
+    running = {"stage": "features", "done": 3, "total": 4}
+    said = [
+        {"id": "e1", "status": "running", "progress": running},
+        {"id": "e1", "status": "succeeded", "progress": running, "report": {"headline": headline}},
+    ]
+    text = "".join(f"data: {json.dumps(each)}\n\n" for each in said)
     fake.on("POST", "/evaluations", httpx2.Response(202, json={"id": "e1", "status": "queued"}))
     fake.on(
         "GET",
@@ -185,8 +198,16 @@ def test_evaluate__waits_and_tells_the_report(fake: Any, run: Run) -> None:
         httpx2.Response(200, headers={"Content-Type": "text/event-stream"}, text=text),
     )
     code, out, err = run("evaluate", "knn", "birds", "--set", "k=5")
-    assert (code, out.split()) == (0, ["e1", "succeeded", "top1", "0.5"])
-    assert "evaluation e1" in err
+    assert (code, [line.split() for line in out.splitlines()]) == (
+        0,
+        [
+            ["e1", "succeeded"],
+            ["top1", "(embedding,", "k=5)", "0.5000", "0.4000", "..", "0.6000"],
+            ["of", "an", "untrained", "encoder", "0.2500"],
+            ["gain", "0.1000", "..", "0.3000"],
+        ],
+    )
+    assert err == "evaluation e1\nevaluating: features, 3 of 4\n"
     assert fake.bodies("/evaluations")[0]["settings"] == {"k": 5}
     code, out, _ = run("evaluate", "knn", "birds", "--no-wait", "--json")
     assert (code, json.loads(out)["status"]) == (0, "queued")
@@ -220,6 +241,14 @@ def test_delete(fake: Any, run: Run) -> None:
     assert (code, out, err) == (1, "deleted 1; gallery version 9\n", "b: no such item\n")
 
 
+def test_main__the_url_stands_before_or_after_the_command(fake: Any, run: Run) -> None:
+    for words in (["--url", "http://there", "info"], ["info", "--url", "http://there"]):
+        assert run(*words)[1].startswith("service    http://there,")
+        assert fake.requests[-1].url.host == "there"
+    assert run("info")[1].startswith("service    http://fake,")
+    assert run("--version")[1] == f"invprop {VERSION}\n"
+
+
 def test_info__lines_and_json(run: Run) -> None:
     code, out, _ = run("info")
     assert (code, "gallery    5 items, version 7" in out) == (0, True)
@@ -247,6 +276,7 @@ def test_main__a_wrong_key_a_wrong_url_and_nobody_there(fake: Any, run: Run) -> 
     fake.on("GET", "/info", refuse)
     code, _, err = run("info")
     assert (code, "Connection refused" in err) == (1, True)
+    assert "is a service running at http://fake? --url or INVPROP_URL says where" in err
 
 
 def test_main__arguments_that_are_wrong(run: Run, files: Path) -> None:

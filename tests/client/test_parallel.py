@@ -45,6 +45,39 @@ def test_parallel__no_more_than_there_is_room_for() -> None:
     assert third.number == 2
 
 
+@pytest.mark.parametrize(("at_once", "ahead"), [(1, 0), (2, 1), (4, 1)])
+def test_parallel__one_part_more_is_made_ready_where_several_are_on_their_way(
+    at_once: int, ahead: int
+) -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[Any]:
+        for number in range(9):
+            made.append(number)
+            yield lambda: iter(())
+
+    parts = Parallel(Together(make(), at_once))
+    flying = drawn(parts)
+    assert made == list(range(at_once + ahead))
+    parts.ended(flying[0], None)
+    assert [part.number for part in drawn(parts)] == [at_once]
+    assert made == list(range(at_once + 1 + ahead))
+
+
+def test_parallel__what_cannot_be_made_ready_fails_the_call() -> None:
+    def make() -> Iterator[Any]:
+        yield lambda: iter(())
+        yield lambda: iter(())
+        raise OSError("no such file")
+
+    parts = Parallel(Together(make(), 2))
+    flying = drawn(parts)
+    for part in flying:
+        parts.ended(part, Stopped())
+    assert drawn(parts) == []
+    assert isinstance(parts.failure, OSError)
+
+
 def test_parallel__a_busy_service_gets_fewer_at_a_time_and_the_part_again() -> None:
     parts = parts_of(6, 4)
     flying = drawn(parts)

@@ -53,7 +53,6 @@ ROOMS = {
     ),
     "client": Room(("client",), names("numpy PIL")),
     "client/output.py": Room(("client",), names("pyarrow")),
-    "client/progress.py": Room(("client",), names("tqdm")),
     "client/tables.py": Room(("client",), names("pandas")),
     "client/transport.py": Room(("client",), names("httpx2")),
 }

@@ -142,7 +142,7 @@ function table(items, marked) {
         h("td", null, status(each)),
         h("td", { class: "number" }, value),
         h("td", { class: "number" }, ends),
-        h("td", null, moment(each.created_at)));
+        h("td", { class: "keep" }, moment(each.created_at)));
     }))))];
 }
 

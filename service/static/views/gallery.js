@@ -3,9 +3,11 @@
 import { info, ask, query } from "../api.js";
 import { count, empty, h, plural } from "../dom.js";
 import { CursorList, Grid } from "../grid.js";
+import { picture } from "../pictures.js";
 
 const SAMPLED = 500; // items whose metadata are looked at for the fields that can be chosen
 const MOST_VALUES = 24;
+const LOOKED_AT = 6; // items of the first page: when none of them has a picture, it is said why
 
 export async function show(main, { values, signal }) {
   const given = values.get("filter");
@@ -28,9 +30,22 @@ export async function show(main, { values, signal }) {
   await list.more();
   main.append(h("div", { class: "head" }, h("h1", null, "Gallery"), tally), chips(filter), grid.element);
   if (!list.length && given) grid.element.replaceWith(empty("Nothing matches", "No item has these metadata.", h("a", { class: "button", href: "#/gallery" }, "Show all items")));
-  else if (!list.length) grid.element.replaceWith(empty("The gallery is empty", "Add images to see what the encoder thinks belongs together.", h("a", { class: "button primary", href: "#/upload" }, "Upload images"), h("pre", null, `python -m client add FOLDER`)));
+  else if (!list.length) grid.element.replaceWith(empty("The gallery is empty", "Add images to see what the encoder thinks belongs together.", h("a", { class: "button primary", href: "#/upload" }, "Upload images"), h("pre", null, "invprop add FOLDER")));
   grid.draw();
+  if (list.length) explainMissing(main, list, grid, signal);
   offer(main, filter, signal);
+}
+
+/** A gallery that training left holds vectors alone: say how its pictures come in. */
+async function explainMissing(main, list, grid, signal) {
+  const some = Array.from({ length: LOOKED_AT }, (_, i) => list.at(Math.floor((i * list.length) / LOOKED_AT)));
+  const found = await Promise.all(some.map(({ id }) => picture(id, signal).catch(() => "unknown")));
+  if (signal.aborted || found.some((url) => url !== null)) return;
+  const here = new URL(".", document.baseURI).href.replace(/\/$/, "");
+  main.insertBefore(h("section", { class: "hint" },
+    h("p", null, h("b", null, "These items have no pictures."), " They came from training as vectors alone. Add the folder that was trained on: under the same ids they get them."),
+    h("pre", null, `invprop --url ${here} add FOLDER`)), grid.element);
+  grid.schedule();
 }
 
 const link = (filter) => (Object.keys(filter).length ? `#/gallery?${new URLSearchParams({ filter: JSON.stringify(filter) })}` : "#/gallery");

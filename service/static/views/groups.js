@@ -58,8 +58,8 @@ function table(items) {
       h("td", null, h("span", { class: `state ${each.state}` }, each.state)),
       h("td", { class: "number" }, each.groups === null ? "" : count(each.groups)),
       h("td", { class: "number" }, each.grouped === null || !each.items ? "" : percent(each.grouped / each.items)),
-      h("td", { class: "number" }, `version ${each.gallery_version}`),
-      h("td", null, moment(each.created_at)))))));
+      h("td", { class: "number" }, `version ${count(each.gallery_version)}`),
+      h("td", { class: "keep" }, moment(each.created_at)))))));
 }
 
 async function showGrouping(main, id, { signal, shown }) {

@@ -1,7 +1,7 @@
 // #/item/ID?tab=neighbours|propagation|pairs&k=24&...: one image, and what lies around it.
 
 import { ask, itemPath, limit } from "../api.js";
-import { empty, h, show as put, slider } from "../dom.js";
+import { count, empty, h, show as put, slider } from "../dom.js";
 import { Grid, itemLink, similarity, wholeList } from "../grid.js";
 import { shortName, thumbnail } from "../pictures.js";
 import { showPropagation } from "./propagation.js";
@@ -38,7 +38,7 @@ function facts({ metadata, gallery_version: version }) {
         return [h("dt", null, name), h("dd", null, typeof value === "object" ? text : h("a", { href: `#/gallery?${new URLSearchParams({ filter })}`, title: "All items with it" }, text))];
       }))
       : h("p", { class: "soft" }, "It has no metadata."),
-    h("p", { class: "soft" }, `Gallery version ${version}`),
+    h("p", { class: "soft" }, `Gallery version ${count(version)}`),
   ];
 }
 

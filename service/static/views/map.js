@@ -9,6 +9,7 @@ import { rememberList } from "./search.js";
 
 const CENTROID_OF = 64; // vectors of a selection that are averaged
 const GROUPS = OTHERS; // the largest get a colour each
+const COLOURED_AT_ONCE = 20_000; // items of a gallery that is coloured before anybody asks
 
 export async function show(main, { values, signal }) {
   const { gallery, limits } = await info(true);
@@ -49,7 +50,7 @@ export async function show(main, { values, signal }) {
     scatter.isLasso = !scatter.isLasso;
     lasso.setAttribute("aria-pressed", String(scatter.isLasso));
   });
-  await colours(colouring, legend, scatter, values.get("by") ?? "", (by) => history.replaceState(null, "", `#/map?${new URLSearchParams({ method, sample, by })}`), signal);
+  await colours(colouring, legend, scatter, values.get("by") ?? (gallery.items > COLOURED_AT_ONCE ? "" : null), (by) => history.replaceState(null, "", `#/map?${new URLSearchParams({ method, sample, by })}`), signal);
 }
 
 /** Ask for a map until it is computed. */
@@ -64,13 +65,19 @@ async function laidOut(method, sample, tally, signal) {
   }
 }
 
-/** Offer groupings and metadata fields to colour by. */
+/** Offer groupings and metadata fields to colour by; `by` null takes the first field of a few values. */
 async function colours(slot, legend, scatter, by, changed, signal) {
   const [{ items: groupings }, page] = await Promise.all([ask("groupings", { signal }), ask(query("items", { limit: 200 }), { signal })]);
-  const fields = new Set(page.items.flatMap(({ metadata }) => Object.entries(metadata).filter(([, v]) => typeof v !== "object").map(([name]) => name)));
   const last = await ask(query("items", { limit: 200, cursor: String(Math.max(0, page.gallery_version - 200)) }), { signal });
-  for (const { metadata } of last.items) for (const [name, value] of Object.entries(metadata)) if (typeof value !== "object") fields.add(name);
-  const options = [["", "one colour"], ...[...fields].map((name) => [`field:${name}`, name]),
+  const fields = new Map(); // name -> its values in this sample
+  for (const { metadata } of [...page.items, ...last.items]) for (const [name, value] of Object.entries(metadata)) {
+    if (typeof value !== "object") fields.set(name, (fields.get(name) ?? new Set()).add(value));
+  }
+  if (by === null) {
+    const first = [...fields].find(([, seen]) => seen.size > 1 && seen.size <= OTHERS);
+    by = first ? `field:${first[0]}` : "";
+  }
+  const options = [["", "one colour"], ...[...fields.keys()].map((name) => [`field:${name}`, name]),
     ...groupings.filter((g) => g.state === "succeeded" && g.groups).map((g) => [`group:${g.id}`, `groups: k ${g.k}, ${plural(g.steps, "step")}`])];
   let turn = new AbortController();
   signal.addEventListener("abort", () => turn.abort());

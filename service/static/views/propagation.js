@@ -13,6 +13,8 @@ const POSITIVES = 20; // as many hard positives as the paper takes
 const RADIUS = 480; // of the outermost ring, in units of the drawing
 const CENTRE = 46;
 const SPREAD = 34; // how far a ring's members move outward or inward
+const AIR = 5; // between two members
+const ROUNDS = 24; // of moving members apart; a ring that is full stays as it is
 
 const walks = (k, steps) => Array.from({ length: steps }, (_, i) => k ** (i + 1)).reduce((a, b) => a + b, 0);
 
@@ -83,6 +85,30 @@ export function layOut(members) {
   return [...nodes.values()];
 }
 
+/** Turn members that lie on each other apart: `turn` is where each stands in the end. */
+function apart(nodes) {
+  for (const node of nodes) node.turn = node.angle;
+  for (let round = 0, moved = true; round < ROUNDS && moved; round += 1) {
+    moved = false;
+    nodes.forEach((a, i) => {
+      for (let j = i + 1; j < nodes.length; j += 1) {
+        const b = nodes[j];
+        const room = a.size + b.size + AIR;
+        const across = a.radius - b.radius;
+        if (Math.abs(across) >= room) continue;
+        const between = Math.atan2(Math.sin(b.turn - a.turn), Math.cos(b.turn - a.turn));
+        const wanted = 2 * Math.asin(Math.min(1, Math.sqrt(room ** 2 - across ** 2) / (a.radius + b.radius)));
+        const lack = wanted - Math.abs(between);
+        if (lack < 1e-3) continue;
+        const push = (between < 0 ? -1 : 1) * lack * 0.5;
+        a.turn -= push;
+        b.turn += push;
+        moved = true;
+      }
+    });
+  }
+}
+
 function rings(figure, side, anchor, members, signal) {
   const nodes = layOut(members);
   const hops = Math.max(...nodes.map((node) => node.step));
@@ -99,10 +125,8 @@ function rings(figure, side, anchor, members, signal) {
   const lines = svg("g", { class: "lines" });
   const dots = svg("g", { class: "dots" });
   const drawing = svg("svg", { viewBox: `${-edge} ${-edge} ${2 * edge} ${2 * edge}`, role: "group", "aria-label": `What propagates from the anchor, ${hops} hops` },
-    svg("g", { class: "hops", "aria-hidden": "true" }, Array.from({ length: hops }, (_, i) => [
-      svg("circle", { r: CENTRE + (i + 1) * gap }),
-      svg("text", { x: 0, y: -(CENTRE + (i + 1) * gap) - SPREAD - 10, "text-anchor": "middle" }, `hop ${i + 1}`),
-    ])), lines, dots);
+    svg("g", { class: "hops", "aria-hidden": "true" }, Array.from({ length: hops }, (_, i) => svg("circle", { r: CENTRE + (i + 1) * gap }))), lines, dots,
+    svg("g", { class: "hops", "aria-hidden": "true" }, Array.from({ length: hops }, (_, i) => svg("text", { x: 0, y: -(CENTRE + (i + 1) * gap) - SPREAD - 10, "text-anchor": "middle" }, `hop ${i + 1}`))));
   const caption = h("figcaption", { "aria-live": "polite" });
   put(figure, drawing, caption);
   if (anchor !== null) dots.append(node(anchor, CENTRE, "The anchor: "));
@@ -118,7 +142,7 @@ function rings(figure, side, anchor, members, signal) {
     lines.append(each.line);
     dots.append(each.group);
   }
-  const quiet = "Hover or focus a member to see the path on which it was reached.";
+  const quiet = "Point at a member to see the path on which it was reached.";
   function light(chosen) {
     drawing.classList.toggle("lit", chosen !== null);
     const path = [];
@@ -151,13 +175,14 @@ function rings(figure, side, anchor, members, signal) {
       const out = isHardest ? (chosen.has(each) ? SPREAD : -SPREAD * 0.6) : (0.5 - closeness(each)) * SPREAD;
       each.radius = CENTRE + each.step * gap + out;
     }
-    const at = (each) => [each.radius * Math.cos(each.angle), each.radius * Math.sin(each.angle)].map((v) => Math.round(v * 10) / 10);
+    apart(nodes);
+    const at = (each) => [each.radius * Math.cos(each.turn), each.radius * Math.sin(each.turn)].map((v) => Math.round(v * 10) / 10);
     for (const each of nodes) {
       const [x, y] = at(each);
       const [px, py] = each.parent ? at(each.parent) : [0, 0];
       const middle = ((each.parent?.radius ?? 0) + each.radius) / 2;
       const bend = (angle) => `${(middle * Math.cos(angle)).toFixed(1)},${(middle * Math.sin(angle)).toFixed(1)}`;
-      each.line.setAttribute("d", each.parent ? `M${px},${py}C${bend(each.parent.angle)} ${bend(each.angle)} ${x},${y}` : `M0,0L${x},${y}`);
+      each.line.setAttribute("d", each.parent ? `M${px},${py}C${bend(each.parent.turn)} ${bend(each.turn)} ${x},${y}` : `M0,0L${x},${y}`);
       each.group.style.transform = `translate(${x}px, ${y}px)`;
       each.group.classList.toggle("chosen", chosen.has(each));
       each.line.classList.toggle("chosen", chosen.has(each));

@@ -3,6 +3,7 @@
 
 import { request } from "../api.js";
 import { count, h, moment, plural, save, show as put } from "../dom.js";
+import { itemLink } from "../grid.js";
 import { confusion, figure, interval, intervals, lineChart, metricName } from "../charts.js";
 
 const MOST_CLASSES = 40; // of a matrix that is drawn
@@ -44,6 +45,6 @@ function matrixOf(result, names) {
     const of = result.mistakes.filter((each) => each.label === names[label] && each.predicted === names[predicted]);
     put(pictures, h("h3", null, `${names[label]} predicted as ${names[predicted]}`),
       h("p", { class: "soft" }, label === predicted ? "These are right; only mistakes are listed one by one." : of.length ? `${plural(of.length, "mistake")} of ${result.confusion[label][predicted]} listed in the report.` : "None of these is among the mistakes that the report lists."),
-      h("ul", { class: "mistakes" }, of.map(({ id, margin }) => h("li", null, h("span", { class: "wrap" }, id), h("span", { class: "number soft" }, `margin ${Number(margin).toPrecision(3)}`)))));
+      h("ul", { class: "mistakes" }, of.map(({ id, margin }) => h("li", null, h("a", { class: "wrap", href: itemLink(id), title: "Open it, where the gallery holds it" }, id), h("span", { class: "number soft" }, `margin ${Number(margin).toPrecision(3)}`)))));
   }), pictures);
 }
