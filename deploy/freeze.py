@@ -21,7 +21,7 @@ _CUDA = "onnxruntime-gpu[cuda,cudnn]"  # see the Dockerfiles
 def main() -> None:
     """Print a pin for every package that is reached, sorted."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    waiting = [Requirement(line) for line in [*requirements(project, ["worker"]), _CUDA]]
+    waiting = [Requirement(line) for line in [*requirements(project, ["worker", "milvus"]), _CUDA]]
     seen: set[tuple[str, frozenset[str]]] = set()
     pins: dict[str, str] = {}
     while waiting:

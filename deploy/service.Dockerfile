@@ -14,7 +14,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip wheel --quiet --no-deps --wheel-dir /wheels .
 
-# ---- packages of the service. Everything comes as wheels: no compiler is ever there. onnxruntime's CUDA libraries are packages too
+# ---- packages of the service, the client of Milvus too. Everything comes as wheels: no compiler is ever there. onnxruntime's CUDA libraries are packages too
 FROM ${BASE} AS service-packages
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN groupadd --gid 10001 invprop \
@@ -27,7 +27,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     --mount=type=bind,source=deploy/requirements.py,target=/src/requirements.py \
     --mount=type=bind,source=deploy/constraints.txt,target=/src/constraints.txt \
-    /opt/venv/bin/python /src/requirements.py service < /src/pyproject.toml > /tmp/requirements.txt \
+    /opt/venv/bin/python /src/requirements.py service milvus < /src/pyproject.toml > /tmp/requirements.txt \
  && python3 -m pip --python /opt/venv/bin/python install --quiet --only-binary :all: \
       --constraint /src/constraints.txt --requirement /tmp/requirements.txt 'onnxruntime-gpu[cuda,cudnn]' \
  && rm /tmp/requirements.txt

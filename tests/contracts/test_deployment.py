@@ -80,8 +80,22 @@ def test_networks__lead_out_for_the_proxy_alone(services: dict[str, dict[str, An
 
 def test_settings__of_the_compose_file_are_settings(services: dict[str, dict[str, Any]]) -> None:
     names = {f"INVPROP_{name.upper()}" for name in Settings.model_fields}
-    given = {name.removesuffix("_FILE") for name in services["service"]["environment"]}
-    assert given <= names
+    for name in ("service", "worker-cpu"):
+        given = {each.removesuffix("_FILE") for each in services[name]["environment"]}
+        assert given <= names, name
+
+
+def test_worker__sees_what_the_service_sees(services: dict[str, dict[str, Any]]) -> None:
+    """Data sets, bundle, broker and database, each at the same path."""
+    service, worker = services["service"], services["worker-cpu"]
+    assert service["volumes"] == worker["volumes"]
+    for name in ("BROKER_FILE", "DATABASE_FILE", "DATASETS"):
+        key = f"INVPROP_{name}"
+        assert service["environment"][key] == worker["environment"][key], name
+    dockerfile = (ROOT / "deploy" / "service.Dockerfile").read_text()
+    for name in ("INVPROP_BUNDLE", "INVPROP_STATE"):
+        assert f"{name}={worker['environment'][name]}" in dockerfile
+    assert worker["networks"] == ["back"]
 
 
 def test_example__names_every_knob() -> None:
@@ -119,7 +133,13 @@ def test_compose__is_valid() -> None:
             cwd=ROOT,
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["name"] == "invprop"
+        shown = json.loads(done.stdout)
+        assert shown["name"] == "invprop"
+    cpu, gpu = (shown["services"][name] for name in ("worker-cpu", "worker-gpu"))
+    assert gpu["command"] == ["gpu" if word == "cpu" else word for word in cpu["command"]]
+    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
+    same = ("cap_drop", "environment", "networks", "read_only", "security_opt", "volumes")
+    assert all(cpu[name] == gpu[name] for name in same)
 
 
 def test_dockerfiles__please_hadolint() -> None:
