@@ -116,30 +116,42 @@ def test_secrets__have_no_default(services: dict[str, dict[str, Any]]) -> None:
     assert services["postgres"]["environment"]["POSTGRES_PASSWORD_FILE"].startswith("/run/")
 
 
-def test_compose__is_valid() -> None:
+OVERLAYS = sorted((ROOT / "deploy").glob("compose.*.yaml"))
+
+
+@pytest.mark.parametrize("overlays", [[], *([each] for each in OVERLAYS)], ids=str)
+def test_compose__is_valid(overlays: list[Path]) -> None:
     """By compose itself, where there is one; it needs no engine."""
+    assert _shown([COMPOSE, *overlays])["name"] == "invprop"
+
+
+def test_worker_gpu__is_the_other_worker_with_a_gpu() -> None:
+    shown = _shown([COMPOSE, ROOT / "deploy" / "compose.gpu.yaml"])["services"]
+    cpu, gpu = shown["worker-cpu"], shown["worker-gpu"]
+    assert gpu["command"] == ["gpu" if word == "cpu" else word for word in cpu["command"]]
+    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
+    for name in ("cap_drop", "environment", "networks", "read_only", "security_opt", "volumes"):
+        assert cpu[name] == gpu[name], name
+
+
+def _shown(files: list[Path]) -> dict[str, Any]:
+    """What compose makes of the files."""
     docker = shutil.which("docker")
     if (
         docker is None
         or subprocess.run([docker, "compose", "version"], capture_output=True).returncode
     ):
         pytest.skip("docker compose is not installed")
-    for files in ([COMPOSE], [COMPOSE, *sorted((ROOT / "deploy").glob("compose.*.yaml"))]):
-        words = [word for path in files for word in ("--file", str(path))]
-        done = subprocess.run(
-            [docker, "compose", *words, "--profile", "*", "config", "--format", "json"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
-        shown = json.loads(done.stdout)
-        assert shown["name"] == "invprop"
-    cpu, gpu = (shown["services"][name] for name in ("worker-cpu", "worker-gpu"))
-    assert gpu["command"] == ["gpu" if word == "cpu" else word for word in cpu["command"]]
-    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
-    same = ("cap_drop", "environment", "networks", "read_only", "security_opt", "volumes")
-    assert all(cpu[name] == gpu[name] for name in same)
+    words = [word for path in files for word in ("--file", str(path))]
+    done = subprocess.run(
+        [docker, "compose", *words, "--profile", "*", "config", "--format", "json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test_dockerfiles__please_hadolint() -> None:
