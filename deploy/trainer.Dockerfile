@@ -19,7 +19,7 @@ FROM ${BASE} AS service-packages
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN groupadd --gid 10001 invprop \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin invprop \
- && install -d -o invprop -g invprop /var/lib/invprop /bundles /run/invprop \
+ && install -d -o invprop -g invprop /var/lib/invprop /bundles /datasets /run/invprop \
  && python3 -m venv --without-pip /opt/venv
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt \
