@@ -114,14 +114,15 @@ def contained(stack: Stack, report: Report) -> None:
 
 def evaluates(stack: Stack, report: Report) -> None:
     """An evaluation from the request to its report, through the proxy."""
-    before = stack.ask("GET", "/datasets")["datasets"]
+    before = stack.ask("GET", "/datasets")["items"]
     names = [each["name"] for each in before]
     report.add("data sets without any configuration", ", ".join(names), "digits", "digits" in names)
     took: list[float] = []
     with timed(took):
         evaluation = stack.evaluate(0)
         ended = stack.until_ended([evaluation], ENDED_S)[evaluation]
-    found = json.dumps(ended.get("report") or ended.get("error"))[:160]
+    results = (ended.get("report") or {}).get("results", ())
+    found = [(each["name"], each["metrics"]["top1"]) for each in results] or ended.get("error")
     report.add(
         "POST /evaluations until its report",
         f"{ended['status']} after {took[0]:.1f} s: {found}",
