@@ -7,6 +7,7 @@ here decodes an image or searches.
 import base64
 import binascii
 import contextlib
+import json
 import math
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -67,6 +68,27 @@ def parse_json(text: bytes, what: str = "the body") -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise Problem("bad_request", f"{what} is no JSON: {error}") from None
+
+
+def check_keys_once(text: bytes) -> None:
+    """Refuse JSON in which an object names a key twice: which of them was meant?
+
+    Args:
+        text: JSON that has been parsed; small, for it is read once more.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                detail = f"the body has the key {key[:64]!r} twice; say it once"
+                raise Problem("bad_request", detail)
+            seen.add(key)
+
+    try:
+        json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise Problem("bad_request", "the body is nested too deeply") from None
 
 
 def validate(model: type[Options], values: Any) -> Options:

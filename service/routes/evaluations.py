@@ -23,6 +23,7 @@ from service.schemas_evaluations import (
 )
 
 router = APIRouter(tags=["evaluations"])
+MAX_BYTES = 64 * 1024  # of a request: a few dozen numbers
 EVENT_STREAM = "text/event-stream"
 _LOOK_S = 0.5  # between two looks at an evaluation that is watched
 _COMMENT_EVERY = 30  # looks; so that proxies do not take the stream for dead
@@ -55,7 +56,16 @@ async def submit(
     if bodies.content_type(request) != bodies.JSON:
         raise bodies.unsupported(request, (bodies.JSON,))
     async with runtime.deadline():
-        asked = bodies.validate(EvaluationRequest, bodies.parse_json(await request.body()))
+        body = await request.body()
+        if len(body) > MAX_BYTES:
+            raise Problem(
+                "body_too_large",
+                f"the request has {len(body):,} bytes, and no evaluation needs more than "
+                f"{MAX_BYTES:,}; send names and settings only",
+                limit=MAX_BYTES,
+            )
+        asked = bodies.validate(EvaluationRequest, bodies.parse_json(body))
+        bodies.check_keys_once(body)
 
         def accept() -> dict[str, Any]:
             evaluations = runtime.evaluations

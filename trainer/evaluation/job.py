@@ -29,6 +29,10 @@ class JobError(ValueError):
     """A job that cannot be run as it is written; says which key, what it is, what is allowed."""
 
 
+# Said to the service as well; the models themselves say it through _each_once.
+_ONCE: dict[str, Any] = {"uniqueItems": True}
+
+
 def _each_once(section: Model, *names: str) -> Model:
     for name in names:
         values = getattr(section, name)
@@ -142,10 +146,14 @@ class KnnSettings(Section):
 
     # Instance discrimination's and the authors' 200; 1 and 20 are usual beside it.
     k: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=100_000)], ...], Field(min_length=1, max_length=16)
+        tuple[Annotated[int, Field(ge=1, le=100_000)], ...],
+        Field(min_length=1, max_length=16, json_schema_extra=_ONCE),
     ] = (KNN_K, 20, 1)
     temperature: Annotated[float, Field(ge=0.01, le=10)] = KNN_TEMPERATURE
-    outputs: Annotated[tuple[Literal["embedding", "features"], ...], Field(min_length=1)] = (
+    outputs: Annotated[
+        tuple[Literal["embedding", "features"], ...],
+        Field(min_length=1, json_schema_extra=_ONCE),
+    ] = (
         "embedding",
         "features",
     )
@@ -161,7 +169,9 @@ class LinearProbeSettings(Section):
     classifier: Literal["sgd", "lbfgs"] = "sgd"
     # `features`, `embedding`, a block such as `layer4.1` pooled to the paper's grid, or
     # `layer4.1@2` pooled to 2 x 2; each gets a classifier of its own. `blocks` stands for them all.
-    layers: Annotated[tuple[str, ...], Field(min_length=1, max_length=32)] = ("features",)
+    layers: Annotated[
+        tuple[str, ...], Field(min_length=1, max_length=32, json_schema_extra=_ONCE)
+    ] = ("features",)
     # sgd: the authors' linear_classification.py
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 120
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 256
@@ -177,7 +187,9 @@ class LinearProbeSettings(Section):
     # what the released code does by mistake: batch normalisation stays at its first statistics
     official_quirks: bool = False
     # lbfgs: scikit-learn's logistic regression, on standardised features
-    c: Annotated[tuple[Strength, ...], Field(min_length=1, max_length=64)] = (
+    c: Annotated[
+        tuple[Strength, ...], Field(min_length=1, max_length=64, json_schema_extra=_ONCE)
+    ] = (
         1e-5,
         1e-4,
         1e-3,
@@ -200,7 +212,9 @@ class Voc07Settings(Section):
     classifier: Literal["svm", "sgd"] = "svm"
     # svm: `features`; the authors' voc_linear.py takes the second-last block pooled to 2 x 2
     layer: str = "features"
-    c: Annotated[tuple[Strength, ...], Field(min_length=1, max_length=64)] = (
+    c: Annotated[
+        tuple[Strength, ...], Field(min_length=1, max_length=64, json_schema_extra=_ONCE)
+    ] = (
         0.001,
         0.01,
         0.1,
@@ -283,13 +297,15 @@ class DetectionSettings(Section):
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     # the short side of a training image, one of these at random, and of a test image
     short_sides_px: Annotated[
-        tuple[Annotated[int, Field(ge=32, le=4096)], ...], Field(min_length=1, max_length=64)
+        tuple[Annotated[int, Field(ge=32, le=4096)], ...],
+        Field(min_length=1, max_length=64, json_schema_extra=_ONCE),
     ] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     test_short_side_px: Annotated[int, Field(ge=32, le=4096)] = 800
     long_side_px: Annotated[int, Field(ge=32, le=8192)] = 1333  # at most
     # sides of the anchors, in pixels of the resized image
     anchors_px: Annotated[
-        tuple[Annotated[int, Field(ge=4, le=4096)], ...], Field(min_length=1, max_length=16)
+        tuple[Annotated[int, Field(ge=4, le=4096)], ...],
+        Field(min_length=1, max_length=16, json_schema_extra=_ONCE),
     ] = (32, 64, 128, 256, 512)
     rois: Annotated[int, Field(ge=4, le=4096)] = 512  # of an image, that the box head learns from
     roi_size: Annotated[int, Field(ge=2, le=56)] = 14  # side of what is pooled for the box head

@@ -160,6 +160,8 @@ def test_list__is_paged(service: Any) -> None:
         ({"settings": {"k": [0]}}, 422, "invalid_request", "settings.k.0: 0 is less than"),
         ({"settings": {"K": [1]}}, 422, "invalid_request", "there is no key 'K'"),
         ({"settings": {"temperature": 99}}, 422, "invalid_request", "settings.temperature: 99"),
+        ({"settings": {"k": [1, 1]}}, 422, "invalid_request", "settings.k: [1,1] has non-unique"),
+        ({"settings": {"k": "7" * 70_000}}, 413, "body_too_large", "more than 65,536"),
         ({"seed": -1}, 422, "invalid_request", "seed"),
         ({"seed": 2**32}, 422, "invalid_request", "seed"),
         ({"bundle": "/etc"}, 422, "invalid_request", "bundle"),
@@ -171,6 +173,30 @@ def test_submit__refuses_by_name(
 ) -> None:
     found = refused(service.client.post("/evaluations", json={**ASKED, **change}), status, code)
     assert detail in found["detail"]
+    assert service.client.get("/evaluations").json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ('{"protocol": "knn", "dataset": "flowers", "seed": 1, "seed": 2}', "the key 'seed' twice"),
+        (
+            '{"protocol": "knn", "dataset": "flowers", "settings": {"k": [1], "k": [2]}}',
+            "the key 'k' twice",
+        ),
+        (
+            '{"protocol": "knn", "dataset": "flowers", "settings": {"k": '
+            + "[" * 1015
+            + "]" * 1015
+            + "}}",
+            "nested too deeply",
+        ),
+    ],
+)
+def test_submit__refuses_what_is_said_twice(service: Any, text: str, detail: str) -> None:
+    json_type = {"Content-Type": "application/json"}
+    answer = service.client.post("/evaluations", content=text, headers=json_type)
+    assert detail in refused(answer, 400, "bad_request")["detail"]
     assert service.client.get("/evaluations").json()["items"] == []
 
 
