@@ -64,6 +64,7 @@ def test_identify__knows_the_keys_of_the_environment_and_no_others() -> None:
         (f"{LINE}\nother write {LINE.split()[2]}", "line 2: this name or key"),
         ("\n".join(make_key(f"k{i}", "read")[1] for i in range(1001)), "wanted 1..1000 keys"),
     ],
+    ids=range(10),  # the keys are drawn
 )
 def test_parse_keys__names_the_line_and_never_repeats_it(text: str, reason: str) -> None:
     with pytest.raises(KeysError, match=reason) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
@@ -81,9 +82,14 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state directory of `app_with` is one of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 def app_with(embedder: Any, **options: object) -> FastAPI:
     settings = Settings.model_validate(
-        # The state directory is not there, and nothing is to be kept in it.
         {"bundle": Path("x"), "state": Path("y"), "decoder_processes": 1, "graph_neighbours": 0}
         | options
     )
