@@ -91,6 +91,11 @@ class Started:
         self._sampler = threading.Thread(target=sample, daemon=True)
         self._sampler.start()
 
+    def kill(self) -> None:
+        """SIGKILL it, and wait until it is gone."""
+        self._process.kill()
+        self._process.communicate()
+
     def stop(self) -> int:
         """End it as an operator would; its exit code."""
         self._sampling.set()
