@@ -420,8 +420,8 @@ class Evaluations:
         return self._connection.run(self._calls.wait(id, timeout_s=timeout_s))
 
     def events(self, id: str) -> Iterator[Evaluation]:
-        """The evaluation each time it changes, until it has ended; a stream that breaks is taken
-        up again."""
+        """The evaluation each time it changes, until it has ended, its report left out: get(id) has
+        it. A stream that breaks is taken up again."""
         watch = self._calls.watch(id)
         while not watch.ended:
             failure: ConnectionFailed | ServiceError | None = None

@@ -150,6 +150,7 @@ def evaluate(service: Client, given: argparse.Namespace) -> int:
                 progress = now.progress or {}
                 told.of(str(progress.get("stage") or now.status))
                 told(int(progress.get("done") or 0), int(progress.get("total") or 0))
+        found = service.evaluations.get(found.id)  # events leave the report out
     return _report(found, as_json=given.json)
 
 

@@ -1,7 +1,7 @@
 """`Client.embed` of photographs against a bare load generator, on one server.
 
     python tests/benchmarks/client_embed.py --photos FOLDER [--bundle DIR] [--count 2000]
-        [--rounds 5]
+        [--rounds 5] [--contenders Client parts]
 
 In: a folder of pictures, and a bundle (a ResNet-18 of random weights at 64 pixels without one).
 Each contender embeds the same files in a fresh process, in turns: Client and AsyncClient given
@@ -114,13 +114,15 @@ def run(kind: str, url: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(url: str, options: argparse.Namespace) -> None:
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in CONTENDERS}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.contenders}
     run("parts", url, options)  # warms the server up
     for number in range(options.rounds):
-        kinds = list(CONTENDERS)
+        kinds = options.contenders
         for kind in kinds if number % 2 else reversed(kinds):
             found[kind].append(run(kind, url, options))
-    fastest = [max(found[kind][n]["rate"] for kind in BARE) for n in range(options.rounds)]
+    fastest = [
+        max(found[kind][n]["rate"] for kind in BARE if kind in found) for n in range(options.rounds)
+    ]
     for kind, runs in found.items():
         ratios = [run["rate"] / best for run, best in zip(runs, fastest, strict=True)]
         say(
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--url", help="a service that runs; one is started without it")
     options = parser.parse_args()

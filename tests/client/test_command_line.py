@@ -188,8 +188,10 @@ def test_evaluate__waits_and_tells_the_report(fake: Any, run: Run) -> None:
     running = {"stage": "features", "done": 3, "total": 4}
     said = [
         {"id": "e1", "status": "running", "progress": running},
-        {"id": "e1", "status": "succeeded", "progress": running, "report": {"headline": headline}},
+        {"id": "e1", "status": "succeeded", "progress": running, "report": None},
     ]
+    whole = said[-1] | {"report": {"headline": headline}}
+    fake.on("GET", "/evaluations/e1", httpx2.Response(200, json=whole))
     text = "".join(f"data: {json.dumps(each)}\n\n" for each in said)
     fake.on("POST", "/evaluations", httpx2.Response(202, json={"id": "e1", "status": "queued"}))
     fake.on(
