@@ -47,6 +47,7 @@ ENV INVPROP_BUNDLE=/bundles/current \
     INVPROP_STATE=/var/lib/invprop/state \
     INVPROP_HOST=0.0.0.0
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /var/lib/invprop
 USER 10001:10001

@@ -57,6 +57,7 @@ LABEL org.opencontainers.image.title="invprop trainer and worker" \
 ENV HOME=/tmp \
     TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /var/lib/invprop
 USER 10001:10001

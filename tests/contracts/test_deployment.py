@@ -170,6 +170,8 @@ def test_dockerfiles__build_from_local_images_as_somebody(path: Path) -> None:
     assert "@sha256:" not in text
     assert re.findall(r"^USER (.+)$", text, re.M)[-1] == "10001:10001"
     assert re.findall(r"^(?:CMD|ENTRYPOINT) (.)", text, re.M) == ["[", "["]
+    # onnxruntime's wheels report their use, and keep an id of the machine, unless told not to.
+    assert re.search(r"^(?:ENV|   ) *ORT_DISABLE_TELEMETRY=1", text, re.M)
 
 
 def test_dockerfiles__share_their_first_half() -> None:

@@ -92,6 +92,7 @@ def _bundles(stack: Stack, report: Report, folder: Path) -> None:
         said = _said(other, "sample")
         _line(report, "bundle damaged, first start", said, "encoder.onnx")
         other.environment["COMPOSE_FILE"] += f":{_overlay(folder / 'given.yaml', GIVEN)}"
+        _said(other, "secrets")
         _line(report, "bundle damaged", _said(other, "service"), "encoder.onnx")
 
 
@@ -112,7 +113,7 @@ def _proxy(report: Report) -> None:
 
 def _database(report: Report, folder: Path) -> None:
     with _other() as other:
-        other.up("postgres")
+        other.up("postgres", "redis")
         # The password of another stack.
         where = _folder(folder / "wrong-secrets")
         other.compose("cp", "postgres:/run/invprop/.", str(where))

@@ -48,6 +48,7 @@ class Writers:
                 answer = self._stack.add(name, self._name)
                 if answer["added"] + answer["updated"] == 1:
                     self.acknowledged.append(name)
+                time.sleep(0.05)  # what is added is compared, embedded again and backed up later
             except (OSError, ValueError, http.client.HTTPException) as error:
                 why = str(error.code) if isinstance(error, urllib.error.HTTPError) else "no answer"
                 self.refused[why] = self.refused.get(why, 0) + 1
@@ -59,6 +60,7 @@ class Evaluators:
 
     def __init__(self, stack: Stack, most: int = 3) -> None:
         self.accepted: list[str] = []
+        self.refused: list[str] = []
         self._stack, self._most = stack, most
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._ask)
@@ -86,8 +88,10 @@ class Evaluators:
 
     def _ask(self) -> None:
         while not self._ends.is_set() and len(self.accepted) < self._most:
-            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            try:
                 self.accepted.append(self._stack.evaluate(len(self.accepted)))
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                self.refused.append(str(error))
             self._ends.wait(2)
 
 

@@ -170,7 +170,8 @@ def loses(stack: Stack, report: Report, name: str, blow: Callable[[], object]) -
     statuses = sorted(each["status"] for each in ended.values())
     report.add(
         f"{name}: accepted evaluations",
-        f"{', '.join(statuses)}; the last {time.monotonic() - began:.0f} s after the blow",
+        f"{', '.join(statuses)}; the last {time.monotonic() - began:.0f} s after the blow"
+        f" (refused meanwhile: {', '.join(evaluators.refused[-3:]) or 0})",
         "all succeeded",
         len(statuses) == len(evaluators.accepted) > 0 and set(statuses) == {"succeeded"},
     )
@@ -388,6 +389,25 @@ def upgrade(stack: Stack, report: Report) -> None:
         ended["status"],
         "succeeded",
         ended["status"] == "succeeded",
+    )
+    # Back to the first one, by a service that was stopped before it could.
+    stack.compose("stop", "service")
+    link = ("--entrypoint", "ln", "train", "-sfn", "sample/bundle", "/bundles/current")
+    stack.compose("run", "--rm", "-T", "--no-deps", *link)
+    where = ("run", "--rm", "-T", "--no-deps", "service")
+    said = stack.run("timeout", "60", "docker", "compose", *where, check=False)
+    wanted = "python -m service.switch"
+    lines = [line.strip() for line in said.splitlines() if wanted in line] or [said]
+    report.add("a bundle that is not the gallery's", lines[-1][-200:], wanted, wanted in said)
+    switch = ("python", "-m", "service.switch", "--bundle", "/bundles/current")
+    stack.compose(*where, *switch)
+    stack.up()
+    info = stack.ask("GET", "/info")
+    report.add(
+        "back to the first bundle by service.switch",
+        f"{after} -> {info['gallery']['items']} items",
+        "the first model, all items",
+        info["model"] == before["model"] and info["gallery"]["items"] == after,
     )
 
 
