@@ -1,4 +1,4 @@
-"""service.worker: a worker that hears nothing although jobs wait ends, to be started again."""
+"""service.worker: poison costs itself alone; a worker that hears nothing ends, to begin anew."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.doorbell import Doorbell, celery_application
-from service.jobs import CPU, GPU, Jobs, Request
+from service.jobs import CPU, GPU, MAX_ATTEMPTS, Jobs, Request
 from service.settings import Settings
 from service.worker import STUCK_EXIT, Worker
 from tests.service.conftest import build_bundle
@@ -77,6 +77,43 @@ def test_watchdog__ends_a_worker_that_is_connected_and_hears_nothing(
         assert again.wait(WAIT_S) == 0
     assert found is not None
     assert (found.status, found.attempts) == ("succeeded", 1)
+
+
+def test_poison__ends_with_its_cause_and_leaves_the_others_untouched(
+    jobs: Jobs, settings: Settings, tmp_path: Path
+) -> None:
+    limits = {"evaluation_timeout_s": 2, "evaluation_memory_bytes": 2**30}
+    settings = settings.model_copy(update=limits)
+    poison = {
+        "segfault": submitted(jobs, settings, do="segfault"),
+        "memory": submitted(jobs, settings, do="memory"),
+        "endless": submitted(jobs, settings, do="hang", ready=str(tmp_path / "ready")),
+    }
+    others = [submitted(jobs, settings) for _ in range(3)]
+    application = celery_application(settings.state, None, limit_s=60)
+    assert Doorbell(application).ring(poison["segfault"], CPU)  # who works rings for the next
+    worker = start_worker(settings)
+    try:
+        while jobs.counts()["queued"] or jobs.counts()["running"]:
+            assert worker.poll() is None
+            threading.Event().wait(0.05)
+    finally:
+        worker.terminate()
+        assert worker.wait(WAIT_S) == 0
+    found = {job.id: job for job in jobs.list()}
+    assert {found[job_id].status for job_id in others} == {"succeeded"}
+    assert {found[job_id].attempts for job_id in others} == {1}
+    ended = {name: found[job_id] for name, job_id in poison.items()}
+    assert {job.status for job in ended.values()} == {"failed"}
+    assert {name: job.attempts for name, job in ended.items()} == {
+        "segfault": MAX_ATTEMPTS,
+        "memory": MAX_ATTEMPTS,
+        "endless": 1,
+    }
+    errors = {name: job.error or {} for name, job in ended.items()}
+    assert "SIGSEGV" in errors["segfault"]["message"]
+    assert "MemoryError" in errors["memory"]["log"]
+    assert errors["endless"]["code"] == "time_limit"
 
 
 def test_watchdog__leaves_a_worker_alone_that_has_nothing_to_do(
