@@ -1,6 +1,7 @@
 """The web page in headless Chromium: how soon, how much, how smooth, how steady.
 
-    python tests/benchmarks/page.py [--url http://127.0.0.1:8000/] [--points 100000]
+    python tests/benchmarks/page.py [view map scroll] [--url http://127.0.0.1:8000/]
+        [--points 100000]
 
 In: a running service with any gallery. Out: first contentful paint (median of 7 fresh contexts),
 bytes on the wire before images, frames per second while a map of `--points` is panned, and heap and
@@ -130,21 +131,26 @@ def scroll_gallery(browser: Any, url: str, total: int) -> list[tuple[int, float,
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help="view, map, scroll; without any: all")
     parser.add_argument("--url", default="http://127.0.0.1:8000/")
     parser.add_argument("--points", type=int, default=100_000)
     arguments = parser.parse_args()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
-        views = [first_view(browser, arguments.url) for _ in range(7)]
-        paints = [paint for paint, _ in views]
-        print(f"first contentful paint: median {statistics.median(paints):.0f} ms, "
-              f"worst {max(paints):.0f} ms")  # fmt: skip
-        print(f"before images: {math.ceil(max(size for _, size in views))} kB on the wire")
-        panned = pan_map(browser, arguments.url, arguments.points)
-        print(f"map of {arguments.points:,} points, panned: {panned['frames']:.1f} frames/s, "
-              f"95 % of frames within {panned['p95_ms']:.1f} ms")  # fmt: skip
-        for reached, heap, nodes in scroll_gallery(browser, arguments.url, arguments.points):
-            print(f"gallery scrolled to {reached:,}: {heap:.1f} MB of heap, {nodes} nodes")
+        parts = arguments.parts or ["view", "map", "scroll"]
+        if "view" in parts:
+            views = [first_view(browser, arguments.url) for _ in range(7)]
+            paints = [paint for paint, _ in views]
+            print(f"first contentful paint: median {statistics.median(paints):.0f} ms, "
+                  f"worst {max(paints):.0f} ms")  # fmt: skip
+            print(f"before images: {math.ceil(max(size for _, size in views))} kB on the wire")
+        if "map" in parts:
+            panned = pan_map(browser, arguments.url, arguments.points)
+            print(f"map of {arguments.points:,} points, panned: {panned['frames']:.1f} frames/s, "
+                  f"95 % of frames within {panned['p95_ms']:.1f} ms")  # fmt: skip
+        if "scroll" in parts:
+            for reached, heap, nodes in scroll_gallery(browser, arguments.url, arguments.points):
+                print(f"gallery scrolled to {reached:,}: {heap:.1f} MB of heap, {nodes} nodes")
         browser.close()
 
 

@@ -9,6 +9,8 @@ import { rememberList } from "./search.js";
 
 const CENTROID_OF = 64; // vectors of a selection that are averaged
 const GROUPS = OTHERS; // the largest get a colour each
+const SAMPLES = 5; // places of the gallery where fields are looked for, from its first write to its last
+const SAMPLE = 100; // items at each
 const COLOURED_AT_ONCE = 20_000; // items of a gallery that is coloured before anybody asks
 
 export async function show(main, { values, signal }) {
@@ -67,10 +69,11 @@ async function laidOut(method, sample, tally, signal) {
 
 /** Offer groupings and metadata fields to colour by; `by` null takes the first field of a few values. */
 async function colours(slot, legend, scatter, by, changed, signal) {
-  const [{ items: groupings }, page] = await Promise.all([ask("groupings", { signal }), ask(query("items", { limit: 200 }), { signal })]);
-  const last = await ask(query("items", { limit: 200, cursor: String(Math.max(0, page.gallery_version - 200)) }), { signal });
+  const { gallery_version: version } = await info();
+  const cursors = Array.from({ length: SAMPLES }, (_, i) => (i ? String(Math.max(0, Math.round((version * i) / (SAMPLES - 1)) - SAMPLE)) : undefined));
+  const [{ items: groupings }, ...pages] = await Promise.all([ask("groupings", { signal }), ...cursors.map((cursor) => ask(query("items", { limit: SAMPLE, cursor }), { signal }))]);
   const fields = new Map(); // name -> its values in this sample
-  for (const { metadata } of [...page.items, ...last.items]) for (const [name, value] of Object.entries(metadata)) {
+  for (const { metadata } of pages.flatMap(({ items }) => items)) for (const [name, value] of Object.entries(metadata)) {
     if (typeof value !== "object") fields.set(name, (fields.get(name) ?? new Set()).add(value));
   }
   if (by === null) {
