@@ -6,8 +6,8 @@ In: pictures, vectors or ids. Out: numpy arrays and frozen dataclasses. Needs on
         vectors = service.embed(["cat.jpg", "dog.jpg"]).embeddings
 """
 
-from client.awaitable import AsyncClient
-from client.blocking import Client
+from typing import TYPE_CHECKING, Any
+
 from client.errors import (
     BadRequest,
     BodyTooLarge,
@@ -87,6 +87,10 @@ from client.models import (
     RejectedItem,
 )
 
+if TYPE_CHECKING:
+    from client.awaitable import AsyncClient
+    from client.blocking import Client
+
 __all__ = [
     "Added",
     "AsyncClient",
@@ -165,3 +169,21 @@ __all__ = [
     "UnsupportedMediaType",
     "UrlTooLong",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Client and AsyncClient when they are asked for: the HTTP library takes most of the time of
+    an import, and whoever only catches errors or reads models does not pay for it."""
+    if name == "Client":
+        from client.blocking import Client
+
+        return Client
+    if name == "AsyncClient":
+        from client.awaitable import AsyncClient
+
+        return AsyncClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

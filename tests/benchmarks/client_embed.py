@@ -8,7 +8,9 @@ Each contender embeds the same files in a fresh process, in turns: Client and As
 paths, and two load generators over bare sockets that have the bytes in memory and read no answer
 but its status: `single` posts one JPEG a request over 32 connections, `parts` posts ready-made
 forms of 32 over 4. Out: images a second, the ratio of each round to the faster load generator of
-that round (goal >= 0.9), processor time of the asking process, and how much its memory grew.
+that round (goal >= 0.9), processor time of the asking process and of the service, the same ratio
+by their sum (what the wall would say on a machine with nothing else to do), and how much the asking
+process's memory grew.
 """
 
 import argparse
@@ -113,24 +115,33 @@ def run(kind: str, url: str, options: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def compare(url: str, options: argparse.Namespace) -> None:
+def compare(url: str, options: argparse.Namespace, served: Started | None = None) -> None:
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.contenders}
     run("parts", url, options)  # warms the server up
     for number in range(options.rounds):
         kinds = options.contenders
         for kind in kinds if number % 2 else reversed(kinds):
-            found[kind].append(run(kind, url, options))
-    fastest = [
-        max(found[kind][n]["rate"] for kind in BARE if kind in found) for n in range(options.rounds)
-    ]
+            before = served.cpu_s() if served else 0.0
+            figures = run(kind, url, options)
+            figures["served_s"] = served.cpu_s() - before if served else 0.0
+            found[kind].append(figures)
+    bare = [found[kind] for kind in BARE if kind in found]
+    least = min(processor(runs) for runs in bare)
+    fastest = [max(runs[n]["rate"] for runs in bare) for n in range(options.rounds)]
     for kind, runs in found.items():
         ratios = [run["rate"] / best for run, best in zip(runs, fastest, strict=True)]
         say(
             f"{kind}: {median(runs, 'rate'):.0f} images/s, {statistics.median(ratios):.3f} of the "
             f"faster load generator ({min(ratios):.3f}..{max(ratios):.3f}); "
-            f"{1e3 * median(runs, 'cpu_s') / options.count:.3f} ms of processor an image; memory "
-            f"grew by {median(runs, 'grown') / 1e6:.1f} MB\n"
+            f"{1e3 * median(runs, 'cpu_s') / options.count:.3f} ms of processor an image, the "
+            f"service {1e3 * median(runs, 'served_s') / options.count:.3f}, by their sum "
+            f"{least / processor(runs):.3f}; memory grew by {median(runs, 'grown') / 1e6:.1f} MB\n"
         )
+
+
+def processor(runs: Sequence[dict[str, Any]]) -> float:
+    """Seconds of both sides of one run."""
+    return median(runs, "cpu_s") + median(runs, "served_s")
 
 
 def median(runs: Sequence[dict[str, Any]], name: str) -> float:
@@ -160,7 +171,7 @@ def main() -> None:
 
             bundle = random_bundle(Path(folder), 64, int8=False)
         with Started(bundle, Path(folder) / "state", log=Path(folder) / "log") as service:
-            compare(f"http://127.0.0.1:{service.port}", options)
+            compare(f"http://127.0.0.1:{service.port}", options, service)
 
 
 if __name__ == "__main__":

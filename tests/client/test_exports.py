@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import client
 from client import errors, models
 
@@ -36,3 +38,14 @@ def test_import__brings_nothing_heavy() -> None:
     code = f"import client.command_line, sys; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_import__brings_the_http_library_with_the_client_only() -> None:
+    code = (
+        "import client, sys; before = 'httpx2' in sys.modules; from client import Client; "
+        "print(before, 'httpx2' in sys.modules, client.Client is Client, 'Client' in dir(client))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True True True\n"
+    with pytest.raises(AttributeError, match="no attribute 'Klient'"):
+        client.Klient  # type: ignore[attr-defined]  # noqa: B018
