@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
+from tests.end_to_end.conftest import TINY
 from tests.service.conftest import DIM, build_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +54,35 @@ def test_deduplicate__finds_the_copy(url: str, photos: Path) -> None:
     assert "notes.txt: not called like a picture" in done.stderr
 
 
-def test_look_around__runs(url: str, photos: Path) -> None:
-    done = run("client.examples.look_around", photos, "--url", url)
+def test_look_around__from_training_to_the_probe_on_real_digits(
+    serve: Callable[[Path, Path], AbstractContextManager[str]], tmp_path: Path
+) -> None:
+    """The three commands that the example names, on handwritten digits in folders by class."""
+    digits, photos = load_digits(), tmp_path / "digits"
+    for number, (image, label) in enumerate(
+        zip(digits.images[:150], digits.target[:150], strict=True)
+    ):
+        path = photos / str(label) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32)).save(path)
+    trained = run(
+        "trainer.run",
+        "folder",
+        *TINY,
+        "export.variants=[]",
+        "--data",
+        photos,
+        "--output",
+        tmp_path / "run",
+    )
+    assert trained.returncode == 0, trained.stderr
+    with serve(tmp_path / "run" / "bundle", tmp_path / "state") as url:
+        done = run("client.examples.look_around", photos, "--url", url)
     assert done.returncode == 0, done.stderr
-    assert "49 pictures, 1 refused" in done.stdout
-    assert "lie among their own class" in done.stdout
+    assert "150 pictures, 0 refused" in done.stdout
+    assert "reached; the hardest positive is" in done.stdout
+    probe = done.stdout.splitlines()[-1]
+    assert float(probe.partition("%")[0]) > 40, done.stdout  # by chance a tenth
 
 
 def test_command_line__add_search_export(url: str, photos: Path, tmp_path: Path) -> None:
