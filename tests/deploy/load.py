@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Callers of the stack: those who add, those who ask for evaluations, those who dawdle.
 
-Run: python tests/deploy/load.py slow PORT HEADS BODIES     until SIGTERM: sockets that trickle
-     python tests/deploy/load.py search PORT ID SECONDS THREADS     prints searches, failed ones
+Run: python tests/deploy/load.py slow PORT HEADS BODIES   until SIGTERM: sockets that trickle
+     python tests/deploy/load.py post|get PORT ID SECONDS THREADS   searches by id, or looks at the
+     item; prints how many were answered, how many failed, and the CPU seconds of this caller
 """
 
 import asyncio
@@ -108,11 +109,13 @@ def slow_sockets(port: int, heads: int, bodies: int) -> Iterator[None]:
             child.terminate()
 
 
-def searches(port: int, item: str, *, seconds: float, threads: int) -> tuple[int, int]:
-    """Searches that were answered, and those that failed, by a process of its own."""
-    words = [sys.executable, __file__, "search", str(port), item, str(seconds), str(threads)]
+def searches(
+    port: int, item: str, *, seconds: float, threads: int, how: str = "post"
+) -> tuple[int, int, float]:
+    """Searches that were answered, those that failed, CPU seconds of the process that asked."""
+    words = [sys.executable, __file__, how, str(port), item, str(seconds), str(threads)]
     said = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
-    return int(said[0]), int(said[1])
+    return int(said[0]), int(said[1]), float(said[2])
 
 
 async def _dawdle(port: int, heads: int, bodies: int) -> None:
@@ -147,7 +150,7 @@ async def _dawdle(port: int, heads: int, bodies: int) -> None:
     await asyncio.gather(*tasks)
 
 
-def _search(port: int, item: str, seconds: float, threads: int) -> None:
+def _search(how: str, port: int, item: str, seconds: float, threads: int) -> None:
     ends = time.monotonic() + seconds
     counts = [[0, 0] for _ in range(threads)]
     body = query(item)
@@ -156,9 +159,11 @@ def _search(port: int, item: str, seconds: float, threads: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=35)
         while time.monotonic() < ends:
             try:
-                connection.request(
-                    "POST", "/neighbours", body, {"Content-Type": "application/json"}
-                )
+                if how == "post":
+                    kind = {"Content-Type": "application/json"}
+                    connection.request("POST", "/neighbours", body, kind)
+                else:
+                    connection.request("GET", f"/items/{item}")
                 answer = connection.getresponse()
                 answer.read()
                 count[answer.status != 200] += 1
@@ -171,7 +176,8 @@ def _search(port: int, item: str, seconds: float, threads: int) -> None:
         each.start()
     for each in callers:
         each.join()
-    sys.stdout.write(f"{sum(count[0] for count in counts)} {sum(count[1] for count in counts)}\n")
+    done, failed = (sum(count[n] for count in counts) for n in (0, 1))
+    sys.stdout.write(f"{done} {failed} {time.process_time():.2f}\n")
 
 
 if __name__ == "__main__":
@@ -179,4 +185,4 @@ if __name__ == "__main__":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(_dawdle(*map(int, sys.argv[2:5])))
     else:
-        _search(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))
+        _search(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))
