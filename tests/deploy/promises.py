@@ -360,8 +360,7 @@ def upgrade(stack: Stack, report: Report) -> None:
             "loss.warmup_epochs=1",
         )
     report.add("train: a second bundle, 4 epochs of digits", f"{took[0]:.0f} s", "exported", True)
-    link = ("--entrypoint", "ln", "train", "-sfn", "second/bundle", "/bundles/current")
-    stack.compose("run", "--rm", "-T", "--no-deps", *link)
+    _link_current(stack, "second/bundle")
     count = before["gallery"]["items"]
     stack.compose("kill", "--signal", "HUP", "service")
     began = time.monotonic()
@@ -396,8 +395,7 @@ def upgrade(stack: Stack, report: Report) -> None:
     )
     # Back to the first one, by a service that was stopped before it could.
     stack.compose("stop", "service")
-    link = ("--entrypoint", "ln", "train", "-sfn", "sample/bundle", "/bundles/current")
-    stack.compose("run", "--rm", "-T", "--no-deps", *link)
+    _link_current(stack, "sample/bundle")
     where = ("run", "--rm", "-T", "--no-deps", "service")
     said = stack.run("timeout", "60", "docker", "compose", *where, check=False)
     wanted = "python -m service.switch"
@@ -415,6 +413,13 @@ def upgrade(stack: Stack, report: Report) -> None:
     )
 
 
+def _link_current(stack: Stack, bundle: str) -> None:
+    """Let `current` lead to another bundle; an expression of the shell."""
+    script = f"cd /bundles && ln -sfn {bundle} current"
+    what = ("--entrypoint", "sh", "train", "-c", script)
+    stack.compose("run", "--rm", "-T", "--no-deps", *what)
+
+
 def backup(stack: Stack, report: Report, folder: Path) -> None:
     """Back up under load, lose everything, restore, compare everything."""
     took: list[float] = []
@@ -429,8 +434,11 @@ def backup(stack: Stack, report: Report, folder: Path) -> None:
         "made",
         True,
     )
+    # `current` leads to a bundle that was not taken over: it is not the gallery's.
+    _link_current(stack, "$([ -e second ] && echo second/bundle || echo sample/bundle)")
     with timed(took):
         stack.run("./deploy/backup", str(folder / "backup"))
+    _link_current(stack, "sample/bundle")
     report.add("deploy/backup", f"{took[1]:.1f} s", "made", True)
     source = stack.items()
     stack.compose("down", "--volumes", "--timeout", "60")
