@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from trainer.onnx_graph import (
     measure_parity,
     published_copy,
 )
+from trainer.quiet_onnxruntime import onnxruntime
 from trainer.representation.bundle import BundleGallery, write_bundle
 from trainer.representation.neighbours import exact_graph
 from trainer.representation.preprocess import InputContract

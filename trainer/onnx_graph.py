@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.encoder import Encoder, pixels_from_uint8
+from trainer.quiet_onnxruntime import onnxruntime
 
 # The opset that torch's exporter writes without converting; every onnxruntime since 1.14 reads it.
 OPSET = 18

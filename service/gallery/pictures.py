@@ -12,8 +12,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from service.gallery.protocol import GalleryError, PictureGone, PictureKind
-from service.gallery.rows import GalleryRow, Operation, damaged
-from service.gallery.tables import held, operations, pictures
+from service.gallery.rows import GalleryRow, Operation, damaged, read_operations
+from service.gallery.tables import held, pictures
 
 _IN_ROWS = 500  # parameters of one statement
 
@@ -83,19 +83,17 @@ def read_picture(
         PictureGone: it was let go: the item was replaced or deleted, or the table is damaged.
         GalleryError: it is damaged or missing although the item is there.
     """
-    row = connection.execute(
-        sa.select(operations).where(operations.c.gallery == gallery.id, operations.c.seq == seq)
-    ).first()
-    if row is None:
+    found = list(read_operations(connection, gallery, after=seq - 1, limit=1))
+    if not found:
         raise damaged(gallery, seq, "it is missing")
-    _, _, *fields, crc32 = row
-    operation = Operation(*fields)
-    if not operation.matches(gallery, seq, crc32):
-        raise damaged(gallery, seq, "it does not match its checksum")
+    [(_, operation)] = found
     wanted = operation.thumbnail if kind == "thumbnail" else operation.original
     if wanted is None:
         return None
-    content = connection.scalar(sa.select(pictures.c.content).where(pictures.c.sha256 == wanted))
+    # As it lies there, whatever the type: text that is none would be an error of the database.
+    content = connection.scalar(
+        sa.select(sa.cast(pictures.c.content, sa.LargeBinary)).where(pictures.c.sha256 == wanted)
+    )
     if isinstance(content, bytes) and digest(content) == wanted:
         return bytes(content)
     where = f"the {kind} of the item that operation {seq} of gallery {gallery.id} wrote"

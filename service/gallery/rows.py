@@ -4,10 +4,11 @@ In: operations, answers, galleries. Out: the same, or GalleryError naming the ro
 Checksums cover the log's id, so that a row of another gallery is as strange as a damaged one.
 """
 
+import contextlib
 import json
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -53,13 +54,6 @@ class Operation(NamedTuple):
             # The length goes in too: bytes must not move from one column to the next unseen.
             crc = zlib.crc32(b"-" if part is None else b"%d:" % len(part) + part, crc)
         return crc
-
-    def matches(self, gallery: GalleryRow, seq: int, crc32: object) -> bool:
-        """Whether this is what was written; a damaged page may give columns of other types."""
-        try:
-            return crc32 == self.checksum(gallery, seq)
-        except (TypeError, AttributeError, UnicodeError):
-            return False
 
 
 class Remembered(NamedTuple):
@@ -160,7 +154,7 @@ def read_operations(
         .limit(limit)
     )
     expected = after + 1
-    try:
+    with _unreadable_is_damage(connection, lambda what: damaged(gallery, expected, what)):
         for _, seq, *fields, crc32 in connection.execute(statement):
             operation = Operation(*fields)
             if seq != expected:
@@ -171,12 +165,6 @@ def read_operations(
                 raise damaged(gallery, seq, f"its vector has {len(operation.vector or b'')} bytes")
             yield seq, operation
             expected += 1
-    except sa.exc.DBAPIError as error:
-        if _is_passing(connection, error):
-            raise
-        raise damaged(gallery, expected, str(error.orig)) from error
-    except (TypeError, AttributeError, UnicodeError) as error:  # a column of another type
-        raise damaged(gallery, expected, str(error)) from error
 
 
 def insert_answers(
@@ -203,19 +191,21 @@ def read_answers(
     statement = sa.select(idempotency).where(idempotency.c.gallery == gallery.id)
     if keys is not None:
         statement = statement.where(idempotency.c.key.in_(keys))
-    kept = []
-    for _, *fields, crc32 in connection.execute(statement):
-        entry = Remembered(*fields)
-        try:
-            matches = crc32 == entry.checksum()
-        except (TypeError, AttributeError):  # a column of another type
-            matches = False
-        if not matches:
-            raise GalleryError(
-                f"table idempotency, key {entry.key!r}: it does not match its checksum; delete "
-                "that row to go on without it"
-            )
-        kept.append(entry)
+    kept: list[Remembered] = []
+    cure = "delete that row to go on without it"
+
+    def unreadable(what: str) -> GalleryError:
+        before = f", after key {kept[-1].key!r}" if kept else ""
+        return GalleryError(f"table idempotency{before}: {what}; {cure}")
+
+    with _unreadable_is_damage(connection, unreadable):
+        for _, *fields, crc32 in connection.execute(statement):
+            entry = Remembered(*fields)
+            if crc32 != entry.checksum():
+                raise GalleryError(
+                    f"table idempotency, key {entry.key!r}: it does not match its checksum; {cure}"
+                )
+            kept.append(entry)
     return kept
 
 
@@ -233,6 +223,21 @@ def damaged(gallery: GalleryRow, seq: int, what: str) -> GalleryError:
 def encode_metadata(metadata: object) -> bytes:
     """Metadata as the log holds it."""
     return orjson.dumps(metadata)
+
+
+@contextlib.contextmanager
+def _unreadable_is_damage(
+    connection: Connection, error_of: Callable[[str], GalleryError]
+) -> Iterator[None]:
+    """A block in which rows are read; what cannot be made sense of is damage, and has its name."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        if _is_passing(connection, error):
+            raise
+        raise error_of(str(error.orig)) from error
+    except (TypeError, AttributeError, UnicodeError) as error:  # a column of another type
+        raise error_of(str(error)) from error
 
 
 def _is_passing(connection: Connection, error: sa.exc.DBAPIError) -> bool:

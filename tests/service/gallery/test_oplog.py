@@ -107,6 +107,7 @@ def test_log__synchronises_fully_and_uses_a_rollback_journal(tmp_path: Path) -> 
     [
         ("UPDATE operations SET vector = x'000000000000000000000000' WHERE seq = 2", "seq 2"),
         ("UPDATE operations SET id = 'c' WHERE seq = 2", "seq 2"),
+        ("UPDATE operations SET id = CAST(x'ff' AS TEXT) WHERE seq = 2", "operations, seq 2: "),
         ("UPDATE operations SET kind = 'delete' WHERE seq = 1", "seq 1"),
         ("UPDATE operations SET metadata = x'7b7d' WHERE seq = 1", "seq 1"),
         ("UPDATE operations SET metadata = NULL WHERE seq = 1", "seq 1"),
