@@ -17,7 +17,7 @@ export function showReport(main, job, signal) {
     h("section", { class: "report" },
       h("p", { class: "figure" }, h("b", { class: "number" }, figure(headline.value)), ` ${metricName(headline.metric)} · ${headline.result}`),
       intervals(rows),
-      headline.gain && h("p", { class: "soft" }, `Gain over the untrained network: ${interval(headline.gain)}.`),
+      headline.gain && h("p", { class: "soft" }, `Gain over the untrained network: ${interval(headline.gain).replaceAll(" %", "")} points.`),
       h("p", { class: "soft" }, `${dataset.name}: ${Object.entries(dataset.splits).map(([name, n]) => `${count(n)} ${name}`).join(", ")}, ${plural(dataset.class_names.length, "class", "classes")}. Model ${report.model_id.slice(0, 12)}, seed ${report.seed}${job.finished_at ? `, ${moment(job.finished_at)}` : ""}.`),
       h("p", { class: "row" },
         h("button", { type: "button", class: "button", onclick: () => save(`evaluation-${job.id}.json`, JSON.stringify(report, null, 1), "application/json") }, "Save report.json"),
