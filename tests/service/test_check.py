@@ -82,6 +82,7 @@ def test_check__for_programs(state: Path, capsys: pytest.CaptureFixture[str]) ->
         ("UPDATE operations SET vector = 'text' WHERE seq = 2", "seq 2: "),
         ("UPDATE operations SET kind = 'delete' WHERE seq = 2", "seq 2: it does not match"),
         ("UPDATE operations SET crc32 = crc32 + 1 WHERE seq = 3", "seq 3: it does not match"),
+        ("UPDATE operations SET seq = 'text' WHERE seq = 45", "seq 45: its number reads 'text'"),
         ("DELETE FROM operations WHERE seq = 45", "counts 45 operations, the last is 44"),
         ("DELETE FROM operations WHERE seq = 7", "seq 7: it is missing, 8 is next"),
         ("UPDATE operations SET gallery = 2 WHERE seq = 45", "operations: 1 rows of no gallery"),
