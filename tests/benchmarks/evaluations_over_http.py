@@ -21,14 +21,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import httpx2
+
+from tests.benchmarks.real_sets import WRITE
+from tests.faults import brokers
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import httpx2  # noqa: E402
-
-from tests.benchmarks.real_sets import WRITE  # noqa: E402
-from tests.faults import brokers  # noqa: E402
-
 SEED = 0
 RECIPES = {"cifar10": "folder", "fashion": "folder", "wm811k": "wm811k"}
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -59,7 +60,7 @@ class Filesystem:
         """There is no process."""
 
 
-class _Server:
+class _Server(ABC):
     """A process that is there when its port answers."""
 
     port: int
@@ -68,8 +69,9 @@ class _Server:
         self._command, self._environment, self._log = command, {**os.environ, **environment}, log
         self._start()
 
+    @abstractmethod
     def answers(self) -> bool:
-        raise NotImplementedError
+        """Whether it takes connections."""
 
     def restart(self) -> None:
         self._kill()
