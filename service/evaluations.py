@@ -18,12 +18,11 @@ from service.datasets import Registry, UnknownDataset
 from service.doorbell import Doorbell, celery_application
 from service.errors import Problem, queue_full
 from service.gallery.protocol import StorageError
-from service.jobs import CPU, GPU, QUEUES, Job, JobConflict, Jobs, JobsFull, Request
+from service.jobs import CPU, GPU, QUEUES, SWEEP_S, Job, JobConflict, Jobs, JobsFull, Request
 from service.observability import Metrics
 from service.settings import Settings
 
 SCHEMA_FILE = Path(__file__).with_name("evaluation_job.schema.json")
-SWEEP_S = 10.0
 _AFTER_S = 0.1  # a lease is over when its time has passed, not when it has come
 # Hours on a CPU at the least: these ask for a GPU unless they say otherwise.
 ON_GPU = frozenset({"detection"})

@@ -33,6 +33,7 @@ RING_AGAIN_S = 30.0  # a queued job that nobody took is rung for again
 RING_TOGETHER = 16
 # A worker that was told to cancel has so long: it looks every 2 s and gives its child 3 s.
 CANCEL_S = 8.0
+SWEEP_S = 10.0  # service and workers look that often for leases that ran out
 WORKER_SEEN_S = 120.0  # a worker that was not seen for longer is not there
 _GONE_S = 7 * 86400.0  # and is forgotten after a week
 # Names the lock under which PostgreSQL makes the tables; any number that nobody else uses.
@@ -109,9 +110,8 @@ class Swept(NamedTuple):
 
     ring: Sequence[tuple[str, str]]  # (id, queue) of jobs to ring for
     expired: int  # leases
-    again_s: (
-        float | None
-    )  # when the next job that is being cancelled must have ended; None: none is
+    # When the next job that is being cancelled must have ended; None: none is.
+    again_s: float | None
 
 
 class Jobs:

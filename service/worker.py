@@ -25,14 +25,13 @@ from service.dataset_file import RegistryError
 from service.datasets import Registry, UnknownDataset, open_registry
 from service.doorbell import TASK, Doorbell, celery_application
 from service.gallery.protocol import StorageError
-from service.jobs import QUEUES, Jobs, Lease
+from service.jobs import QUEUES, SWEEP_S, Jobs, Lease
 from service.observability import configure_logging
 from service.settings import Settings
 from trainer.representation.bundle import BundleError, open_bundle
 
 DIRECTORY = "evaluations"
 FEATURES = "features"
-SWEEP_S = 10.0
 STUCK_S = 60.0  # rung for, idle, and nothing comes: the connection is dead although it looks well
 STUCK_EXIT = 75  # "try again": whoever started the worker starts it anew
 

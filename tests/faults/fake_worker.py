@@ -12,8 +12,9 @@ from typing import Any
 
 from celery import signals
 
+from service.jobs import SWEEP_S
 from service.settings import Settings
-from service.worker import STUCK_S, SWEEP_S, make
+from service.worker import STUCK_S, make
 
 FAKE = Path(__file__).parents[1] / "service" / "fake_evaluate.py"
 
