@@ -30,15 +30,15 @@ class Settings(BaseSettings):
     )
     database: SecretStr | None = Field(
         default=None,
-        description="`postgresql://USER:PASSWORD@HOST:PORT/NAME` holds the log in place of a "
-        "file in `state`; several services may share it. Better in the environment: a command "
-        "line is seen by others.",
+        description="`postgresql://USER:PASSWORD@HOST:PORT/NAME` holds the log and the evaluations "
+        "in place of files in `state`; several services may share it. Better in the environment: "
+        "a command line is seen by others.",
     )
     gallery: SecretStr | None = Field(
         default=None,
         description="`milvus://[USER:PASSWORD@]HOST:PORT/COLLECTION` (`milvus+tls://` with TLS) "
-        "holds the gallery in Milvus in place of `state` or `database`: for one past one machine. "
-        "Wants `thumbnails = false`.",
+        "holds the gallery in Milvus: for one past one machine. `state` or `database` hold the "
+        "evaluations then. Wants `thumbnails = false`.",
     )
     milvus_index: Literal["flat", "hnsw", "gpu_cagra"] = Field(
         default="flat",
@@ -345,11 +345,6 @@ class Settings(BaseSettings):
     def _fits_gallery(self) -> Self:
         if self.gallery is None:
             return self
-        if self.database is not None:
-            raise ValueError(
-                "gallery and database are both set: a gallery in Milvus is kept there alone; "
-                "remove one of them"
-            )
         if self.thumbnails or self.originals != "off":
             raise ValueError(
                 "a gallery in Milvus keeps no pictures: set thumbnails = false and originals = "

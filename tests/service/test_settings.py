@@ -46,10 +46,6 @@ def test_settings__may_come_from_the_environment_alone(monkeypatch: pytest.Monke
         ([*NEEDED, "--precision", "int4"], "'fp32', 'fp16', 'int8' or 'auto'"),
         ([*NEEDED, "--max-images", "2000"], "larger than queue_size = 1024"),
         ([*NEEDED, "--gallery", "milvus://h/c"], "keeps no pictures: set thumbnails = false"),
-        (
-            [*NEEDED, "--gallery", "milvus://h/c", "--database", "postgresql://h/d"],
-            "gallery and database are both set",
-        ),
     ],
 )
 def test_settings__name_what_is_wrong(arguments: list[str], message: str) -> None:

@@ -85,6 +85,40 @@ def test_evaluation__from_the_request_to_the_report(service: Any, jobs: Jobs) ->
     assert listed == {**ended, "report": None}
 
 
+def test_evaluations__stay_in_the_database_beside_a_gallery_in_milvus(
+    start_service: Callable[..., Iterator[Any]],
+    new_collection: Callable[[], str],
+    new_database: Callable[[], str],
+    datasets: Path,
+    tmp_path: Path,
+) -> None:
+    """Two services of different hosts on one collection, and a worker that sees the database."""
+    url = new_database()
+    shared = {
+        "database": url,
+        "datasets": datasets,
+        "gallery": new_collection(),
+        "thumbnails": False,
+        "follow_interval_s": 0.02,
+    }
+    jobs = Jobs(tmp_path / "worker", url)
+    starts = [start_service(tmp_path / name, **shared) for name in ("one", "two")]
+    one, two = (next(each) for each in starts)
+    accepted = one.client.post("/evaluations", json=ASKED).json()
+    assert two.client.get(f"/evaluations/{accepted['id']}").json()["status"] == "queued"
+    lease = jobs.lease(accepted["id"], "worker")
+    assert lease is not None
+    assert jobs.succeed(accepted["id"], lease.fence, b'{"top1": 0.5}', b"<p>done</p>")
+    for service in (one, two):
+        assert service.client.get(f"/evaluations/{accepted['id']}").json()["report"] == {
+            "top1": 0.5
+        }
+        assert not (service.state / "evaluations.sqlite3").exists()
+    jobs.close()
+    for each in starts:
+        each.close()  # type: ignore[attr-defined]
+
+
 def test_events__are_the_evaluation_until_it_has_ended(service: Any, jobs: Jobs) -> None:
     accepted = service.client.post("/evaluations", json=ASKED).json()
     lease = jobs.lease(accepted["id"], "worker")

@@ -1,0 +1,113 @@
+"""What is promised of two replicas on one log."""
+
+import re
+import time
+import urllib.error
+
+from load import Writers, searches
+from stack import Broken, Report, Stack
+
+
+def replicas(stack: Stack, report: Report) -> None:
+    """One and two replicas on one log: throughput, reading what was written, the loss of one."""
+    item = stack.first_id()
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    spent: dict[int, dict[str, float]] = {1: {}, 2: {}}
+    for _ in range(2):
+        for count in (1, 2):
+            stack.up("--scale", f"service={count}")
+            time.sleep(2)  # the proxy asks for the addresses once a second
+            before = _cpu_s(stack)
+            done, failed, own = searches(stack.port, item, seconds=10, threads=8)
+            if failed:
+                raise Broken(f"{failed} searches failed with {count} replicas")
+            rates[count].append(done / 10)
+            spent[count] = {"caller": own} | {
+                name: seconds - before.get(name, 0.0) for name, seconds in _cpu_s(stack).items()
+            }
+    one, two = max(rates[1]), max(rates[2])
+    cores = "; ".join(
+        f"{count}: " + ", ".join(f"{name} {s / 10:.2f}" for name, s in sorted(spent[count].items()))
+        for count in (1, 2)
+    )
+    report.add(
+        "two replicas: searches/s against one",
+        f"{two:.0f} against {one:.0f}, {two / one:.2f} times (cores used with {cores})",
+        ">= 1.8 times where cores allow",
+        True,
+    )
+    addresses = set(
+        re.findall(r'"upstream":"([\d.:]+)"', stack.compose("logs", "proxy")[-200_000:])
+    )
+    report.add("replicas that answered", str(len(addresses)), "2", len(addresses) >= 2)
+    missed = stale = 0
+    writes = 100
+    for number in range(writes):
+        name = f"replicas-{number}.png"
+        version = stack.add(name)["gallery_version"]
+        try:
+            stack.ask("GET", f"/items/{name}")
+        except urllib.error.HTTPError:
+            stale += 1
+        try:
+            headers = {"X-Min-Gallery-Version": str(version)}
+            stack.ask("GET", f"/items/{name}", headers=headers)
+        except urllib.error.HTTPError:
+            missed += 1
+    report.add(
+        "own writes not read with X-Min-Gallery-Version",
+        f"{missed} of {writes} (at once and without it: {stale})",
+        "0",
+        missed == 0,
+    )
+    worst = 0.0
+    with Writers(stack, "stale") as writers:
+        for _ in range(20):
+            for index in (1, 2):
+                worst = max(worst, _staleness_s(stack, index))
+    report.add(
+        "invprop_gallery_staleness_seconds of both replicas under load, largest of 40",
+        f"{worst:.2f} s ({len(writers.acknowledged)} items added meanwhile)",
+        "<= 10 s (max_staleness_s)",
+        worst <= 10,
+    )
+    for how in ("post", "get"):
+        stack.up("--scale", "service=2")
+        with Writers(stack, f"one_of_two_{how}") as writers:
+            time.sleep(1)
+            stack.inside("service", "kill -9 -1", check=False, index=2)
+            done, failed, _ = searches(stack.port, item, seconds=10, threads=2, how=how)
+        lost = [name for name in writers.acknowledged if not stack.has(name)]
+        report.add(
+            f"one of two replicas killed: {how.upper()}s that failed; answered items lost",
+            f"{failed} of {done + failed}; {len(lost)} of {len(writers.acknowledged)}",
+            "no item lost, no GET failed",
+            not lost and (how == "post" or not failed),
+        )
+    stack.up("--scale", "service=1")
+
+
+def _cpu_s(stack: Stack) -> dict[str, float]:
+    """CPU seconds of each container so far; cgroup v2 and v1."""
+    script = (
+        "sed -n 's/usage_usec //p' /sys/fs/cgroup/cpu.stat 2>/dev/null | grep . || "
+        "echo $(($(cat /sys/fs/cgroup/cpuacct/cpuacct.usage) / 1000))"
+    )
+    return {
+        name.removeprefix(f"{stack.project}-"): int(
+            stack.run("docker", "exec", name, "sh", "-c", script)
+        )
+        / 1e6
+        for name in stack.containers()
+    }
+
+
+def _staleness_s(stack: Stack, index: int) -> float:
+    """What a replica says of itself in /metrics."""
+    script = (
+        "import urllib.request as u\n"
+        "print(u.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
+    )
+    where = ("exec", "-T", "--index", str(index), "service", "python", "-c", script)
+    (said,) = re.findall(r"^invprop_gallery_staleness_seconds (\S+)$", stack.compose(*where), re.M)
+    return float(said)
