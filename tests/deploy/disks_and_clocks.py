@@ -20,11 +20,12 @@ SMALL_REDIS = f"""{GIVEN}
     driver_opts: {{type: tmpfs, device: tmpfs, o: "size=16m,uid=999,gid=999,mode=0700"}}
 """
 SMALL_CACHES = f"""{GIVEN}
+  service-caches: &small
+    driver_opts: {{type: tmpfs, device: tmpfs, o: "size=32m,uid=10001,gid=10001,mode=0755"}}
+  worker-caches: *small
 services:
-  service:
-    volumes: [{{type: tmpfs, target: /var/lib/invprop, tmpfs: {{size: 32000000, mode: 0o1777}}}}]
-  worker-cpu:
-    volumes: [{{type: tmpfs, target: /var/lib/invprop, tmpfs: {{size: 32000000, mode: 0o1777}}}}]
+  service: {{volumes: ["service-caches:/var/lib/invprop"]}}
+  worker-cpu: {{volumes: ["worker-caches:/var/lib/invprop"]}}
 """
 SMALL_BUNDLES = """
 volumes:

@@ -182,6 +182,14 @@ def test_service__says_what_is_wrong_with_its_flags(run: Callable[..., Process])
     assert "--state (INVPROP_STATE) is required" in run("--bundle", "b").failed()
 
 
+def test_service__says_that_its_state_cannot_be_made(
+    run: Callable[..., Process], bundle_directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    message = run("--bundle", bundle_directory, "--state", tmp_path / "file" / "state").failed()
+    assert "state cannot be made: Not a directory; give --state" in message
+
+
 def test_listener__sends_small_answers_at_once(tmp_path: Path) -> None:
     settings = Settings.model_validate({"bundle": tmp_path, "state": tmp_path, "port": 0})
     with listen(settings) as listener, socket.create_connection(listener.getsockname()):
