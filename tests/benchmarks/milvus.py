@@ -25,6 +25,7 @@ from typing import get_args
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from pymilvus import MilvusException
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -102,9 +103,7 @@ def measured(
                 ],
             )
         store.seal()
-        # milvus-lite builds the index later and says nothing of it; loading again waits for it.
-        store._client.release_collection(store.items)
-        store._client.load_collection(store.items, timeout=600)
+        _await_index(store)
         wrote_s = time.perf_counter() - began
         count = store.count()
         snapshot = MilvusSnapshot(
@@ -121,6 +120,20 @@ def measured(
     finally:
         store.drop()
         store.close()
+
+
+def _await_index(store: Store, tries: int = 30) -> None:
+    """milvus-lite builds the index later and says nothing of it; loading again waits for it."""
+    for left in reversed(range(tries)):
+        try:
+            store._client.release_collection(store.items)
+            store._client.load_collection(store.items, timeout=600)
+        except MilvusException as error:  # it reads the file that it is still writing
+            if "not fully written" not in str(error) or not left:
+                raise
+            time.sleep(2)
+        else:
+            return
 
 
 def _searched(
