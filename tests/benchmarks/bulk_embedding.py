@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(Path(folder), options.size, int8=False)
+        bundle = random_bundle(Path(folder), options.size, variants=())
         if "embed" in options.parts:
             embed(Path(folder), bundle, options)
         if "load" in options.parts:

@@ -169,7 +169,7 @@ def main() -> None:
         if bundle is None:
             from tests.benchmarks.served_models import random_bundle  # torch, where it is needed
 
-            bundle = random_bundle(Path(folder), 64, int8=False)
+            bundle = random_bundle(Path(folder), 64, variants=())
         with Started(bundle, Path(folder) / "state", log=Path(folder) / "log") as service:
             compare(f"http://127.0.0.1:{service.port}", options, service)
 

@@ -106,7 +106,7 @@ def main() -> None:
     wire = request(npy(photo(0, options.size, options.size)[None]), "application/x-npy")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = random_bundle(folder, options.size, int8=False)
+        bundle = random_bundle(folder, options.size, variants=())
         with Started(
             bundle, folder / "state", log=folder / "log", inference_threads=1, decoder_processes=1
         ) as service:

@@ -4,8 +4,9 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -21,7 +22,9 @@ from trainer.representation.preprocess import InputContract
 ROOT = Path(__file__).parents[2]
 
 
-def random_bundle(folder: Path, size_px: int, *, int8: bool = True) -> Path:
+def random_bundle(
+    folder: Path, size_px: int, *, variants: Sequence[Literal["fp16", "int8"]] = ("int8",)
+) -> Path:
     """A ResNet-18 of random weights, exported by the trainer."""
     encoder = build_encoder(
         EncoderConfig(
@@ -38,7 +41,7 @@ def random_bundle(folder: Path, size_px: int, *, int8: bool = True) -> Path:
         contract=contract,
         recipe={},
         training={},
-        config=ExportConfig(variants=("int8",) if int8 else (), calibration_images=32),
+        config=ExportConfig(variants=tuple(variants), calibration_images=32),
     )
 
 
