@@ -126,6 +126,7 @@ class AsyncClient:
         self,
         *,
         filter: Filter | None = None,
+        include_vectors: bool = False,
         page_size: int | None = None,
         min_gallery_version: int | None = None,
     ) -> AsyncIterator[Item]:
@@ -135,6 +136,7 @@ class AsyncClient:
             page = await self._connection.run(
                 self._calls.page(
                     filter=filter,
+                    include_vectors=include_vectors,
                     page_size=page_size,
                     cursor=cursor,
                     min_gallery_version=min_gallery_version,

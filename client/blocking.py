@@ -183,6 +183,7 @@ class Client:
         self,
         *,
         filter: Filter | None = None,
+        include_vectors: bool = False,
         page_size: int | None = None,
         min_gallery_version: int | None = None,
     ) -> Iterator[Item]:
@@ -190,6 +191,7 @@ class Client:
 
         Args:
             filter: {"field": value or [values]} of the metadata.
+            include_vectors: each item with its vector.
             page_size: items per request; None leaves it to the service.
         """
         cursor: str | None = None
@@ -197,6 +199,7 @@ class Client:
             page = self._connection.run(
                 self._calls.page(
                     filter=filter,
+                    include_vectors=include_vectors,
                     page_size=page_size,
                     cursor=cursor,
                     min_gallery_version=min_gallery_version,

@@ -5,23 +5,19 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from client.blocking import Client
 from client.errors import Rejected
-from client.models import Evaluation, Item, Json
+from client.models import Evaluation, Json
 from client.output import Rows, rows_file
 from client.paths import local_path, pictures_in
 from client.progress import Meter, meter
 
 # Pictures of one call: enough to keep several parts on their way.
 PICTURES_AT_ONCE = 512
-# The service gives a vector with a single item only.
-VECTORS_AT_ONCE = 8
 
 
 def info(service: Client, given: argparse.Namespace) -> int:
@@ -157,17 +153,12 @@ def evaluate(service: Client, given: argparse.Namespace) -> int:
 def export(service: Client, given: argparse.Namespace) -> int:
     if given.no_vectors and (given.npy or given.parquet):
         raise ValueError("--no-vectors goes with JSON only")
-    items = service.items(filter=_filter(given.filter), page_size=1000)
-    with (
-        _writer(given) as write,
-        _metered("exporting") as told,
-        ThreadPoolExecutor(VECTORS_AT_ONCE) as several,
-    ):
+    wanted = _filter(given.filter)
+    items = service.items(filter=wanted, include_vectors=not given.no_vectors, page_size=1000)
+    with _writer(given) as write, _metered("exporting") as told:
         done = 0
         while page := list(islice(items, 1000)):
-            vectors: list[Any] = []
-            if not given.no_vectors:
-                vectors = list(several.map(partial(_vector, service), page))
+            vectors = [] if given.no_vectors else [i.vector for i in page]
             write([i.id for i in page], vectors, [i.metadata for i in page])
             done += len(page)
             told(done, 0)
@@ -193,10 +184,6 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int]] = {
     "export": export,
     "delete": delete,
 }
-
-
-def _vector(service: Client, item: Item) -> Any:
-    return service.item(item.id, include_vector=True).vector
 
 
 def _report(found: Evaluation, *, as_json: bool) -> int:

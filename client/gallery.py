@@ -92,11 +92,12 @@ class Gallery(Session):
         self,
         *,
         filter: Filter | None,
+        include_vectors: bool,
         page_size: int | None,
         cursor: str | None,
         min_gallery_version: int | None,
     ) -> Steps[Page]:
-        query: dict[str, str] = {}
+        query: dict[str, str] = {"include": "vector"} if include_vectors else {}
         if page_size is not None:
             query["limit"] = str(page_size)
         if filter is not None:

@@ -175,6 +175,7 @@ class ListedItem(BaseModel):
 
     id: str
     metadata: dict[str, Any]
+    vector: Vector | None = None
 
 
 class ItemPage(BaseModel):

@@ -88,6 +88,9 @@ async def list_items(
     filter: Annotated[
         str | None, Query(description='Only items whose metadata match, as JSON: {"field": value}.')
     ] = None,
+    include: Annotated[
+        str | None, Query(pattern="^vector$", description="`vector`: answer them too.")
+    ] = None,
 ) -> Response:
     """In the order in which the items were last written."""
     runtime = runtime_of(request)
@@ -97,7 +100,8 @@ async def list_items(
     wanted = None if filter is None else _parse_filter(filter)
     async with runtime.deadline():
         await runtime.caught_up(request)
-        return await runtime.compute(_page, runtime, limit, int(cursor or 0), wanted)
+        with_vectors = include == "vector"
+        return await runtime.compute(_page, runtime, limit, int(cursor or 0), wanted, with_vectors)
 
 
 @router.post(
@@ -266,17 +270,29 @@ def _deleted(runtime: Runtime, applied: Applied) -> Response:
     )
 
 
-def _page(runtime: Runtime, limit: int, after: int, wanted: dict[str, Any] | None) -> Response:
+def _page(
+    runtime: Runtime,
+    limit: int,
+    after: int,
+    wanted: dict[str, Any] | None,
+    with_vectors: bool,
+) -> Response:
     snapshot = runtime.gallery.snapshot()
     page = snapshot.page(after=after, limit=limit, where=filter_of(wanted or {}))
-    items = snapshot.items(page.rows)
+    items: list[dict[str, Any]] = []
+    for item in snapshot.items(page.rows):
+        items.append({"id": item.id, "metadata": item.metadata})
+        if with_vectors:
+            items[-1]["vector"] = item.vector
     return json_response(
-        {
-            "model": runtime.embedder.model_id,
-            "gallery_version": snapshot.version,
-            "items": [{"id": item.id, "metadata": item.metadata} for item in items],
-            "next": None if page.next is None else str(page.next),
-        }
+        json_bytes(
+            {
+                "model": runtime.embedder.model_id,
+                "gallery_version": snapshot.version,
+                "items": items,
+                "next": None if page.next is None else str(page.next),
+            }
+        )
     )
 
 

@@ -271,6 +271,14 @@ def test_items__pages_are_followed_to_the_end(fake: Any, service: Any) -> None:
         assert request.url.params["limit"] == "1"
 
 
+def test_items__with_vectors(fake: Any, service: Any) -> None:
+    item = {"id": "a", "metadata": {}, "vector": [1.0, 0.0]}
+    fake.on("GET", "/items", httpx2.Response(200, json={"items": [item], "next": None}))
+    (found,) = service.items(include_vectors=True)
+    assert list(found.vector) == [1.0, 0.0]
+    assert fake.asked("/items")[0].url.params["include"] == "vector"
+
+
 def test_items__asks_for_a_page_only_when_it_is_needed(fake: Any) -> None:
     page = {"items": [{"id": "a", "metadata": {}}, {"id": "b", "metadata": {}}], "next": "c"}
     fake.on("GET", "/items", httpx2.Response(200, json=page))

@@ -219,13 +219,12 @@ def test_export__every_page_with_vectors(fake: Any, run: Run, tmp_path: Path) ->
     def page(request: httpx2.Request) -> httpx2.Response:
         first = "cursor" not in request.url.params
         name = "a" if first else "b"
-        items = [{"id": name, "metadata": {"n": name}}]
-        return httpx2.Response(200, json={"items": items, "next": "1" if first else None})
+        item = {"id": name, "metadata": {"n": name}}
+        if request.url.params.get("include") == "vector":
+            item["vector"] = [ord(name), 1.0]
+        return httpx2.Response(200, json={"items": [item], "next": "1" if first else None})
 
     fake.on("GET", "/items", page)
-    for name in "ab":
-        item = {"id": name, "metadata": {}, "vector": [ord(name), 1.0]}
-        fake.on("GET", f"/items/{name}", httpx2.Response(200, json=item))
     code, _, _ = run("export", "--npy", tmp_path / "all.npy")
     assert code == 0
     np.testing.assert_array_equal(np.load(tmp_path / "all.npy"), [[97, 1], [98, 1]])
@@ -233,6 +232,7 @@ def test_export__every_page_with_vectors(fake: Any, run: Run, tmp_path: Path) ->
     assert names == [{"id": "a", "metadata": {"n": "a"}}, {"id": "b", "metadata": {"n": "b"}}]
     code, out, _ = run("export", "--no-vectors")
     assert [json.loads(line) for line in out.splitlines()] == names
+    assert len(fake.asked("/items")) == 4  # a page each, and nothing for each item
     assert run("export", "--no-vectors", "--npy", tmp_path / "x")[0] == 2
 
 

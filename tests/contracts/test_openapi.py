@@ -78,7 +78,7 @@ def test_models__every_dataclass_is_compared() -> None:
 
 
 def test_listed_items__have_what_an_item_reads() -> None:
-    assert {"id", "metadata"} == set(schema("ListedItem")["properties"])
+    assert {"id", "metadata", "vector"} == set(schema("ListedItem")["properties"])
     assert {"items", "next"} <= set(schema("ItemPage")["properties"])
 
 
@@ -86,7 +86,7 @@ def test_listed_items__have_what_an_item_reads() -> None:
     ("path", "method", "parameters"),
     [
         ("/embed", "post", {"output", "on_error"}),
-        ("/items", "get", {"limit", "cursor", "filter"}),
+        ("/items", "get", {"limit", "cursor", "filter", "include"}),
         ("/items", "post", {"idempotency-key"}),
         ("/items/{item_id}", "get", {"item_id", "include"}),
         ("/map", "get", {"method", "sample", "version"}),

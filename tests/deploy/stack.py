@@ -150,10 +150,9 @@ class Stack:
         found: dict[str, tuple[Any, Any]] = {}
         cursor = ""
         while True:
-            page = self.ask("GET", f"/items?limit=1000{cursor}")
+            page = self.ask("GET", f"/items?include=vector&limit=1000{cursor}")
             for item in page["items"]:
-                whole = self.ask("GET", f"/items/{item['id']}?include=vector")
-                found[item["id"]] = (whole.get("metadata"), whole["vector"])
+                found[item["id"]] = (item["metadata"], item["vector"])
             if page["next"] is None:
                 return found
             cursor = f"&cursor={page['next']}"

@@ -202,6 +202,16 @@ def test_delete__takes_slashes_plain_and_encoded(service: Any) -> None:
     problem(delete("/items/"), 404, "item_not_found")
 
 
+def test_list__answers_the_vectors_too_where_they_are_asked_for(shared_service: Any) -> None:
+    get = shared_service.client.get
+    page = get("/items?limit=3&cursor=2&include=vector").json()
+    plain = get("/items?limit=3&cursor=2").json()
+    alone = [get(f"/items/{entry['id']}?include=vector").json() for entry in plain["items"]]
+    assert [entry.pop("vector") for entry in page["items"]] == [each["vector"] for each in alone]
+    assert page == plain
+    problem(get("/items?include=metadata"), 422, "invalid_request")
+
+
 def test_delete__of_many_names_what_was_not_there(service: Any) -> None:
     ids = ["train/0005.png", "nope", "train/0006.png", "nope"]
     answer = service.client.post("/items/delete", json={"ids": ids}).json()
