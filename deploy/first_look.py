@@ -1,7 +1,7 @@
-"""The last part of ./deploy/quickstart: wait for the service, then say what to try.
+"""The last part of ./deploy/quickstart: wait for the service, say what to try, add the pictures.
 
 In: where the service listens, and what it was trained on. Out: commands on standard output that
-work as they are pasted.
+work as they are pasted; the pictures of the items, so that the page shows them.
 """
 
 import argparse
@@ -11,8 +11,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from client import Client
+from client import Client, InvpropError, PictureNotFound
+from client.progress import meter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PATIENCE_S = 120.0  # to load a model and a gallery; a million items take some ten seconds
 POLL_S = 0.2
@@ -84,12 +90,53 @@ def main() -> int:
                 evaluation=shlex.quote(asked),
             )
         )
+    sys.stdout.flush()
+    with Client(arguments.url) as service:
+        try:
+            if arguments.folder is None:
+                add_digits(service, sorted(trained_on))
+            else:
+                add_pictures(service, arguments.folder, arguments.samples.parent)
+        except InvpropError as error:  # the service answers all the same
+            sys.stderr.write(f"quickstart: not all pictures were added: {error}\n")
     return 0
+
+
+def add_digits(service: Client, ids: list[str]) -> None:
+    """Give the digits that were trained on their pictures, unless they have them."""
+    from sklearn.datasets import load_digits
+
+    try:
+        service.image(ids[0])
+    except PictureNotFound:
+        images = load_digits().images
+        named = [name for name in ids if name.isdecimal() and int(name) < len(images)]
+        service.add([_pixels(images[int(name)]) for name in named], ids=named)
+
+
+def add_pictures(service: Client, folder: Path, home: Path) -> None:
+    """Give the items of a folder their pictures; what was added before is not sent again."""
+    told = meter("quickstart: adding the pictures, so that the page shows them")
+    try:
+        added = service.add_folder(folder, journal=home / "pictures.journal", progress=told)
+    finally:
+        told.close()
+    if added.refused:
+        first = added.refused[0]
+        sys.stderr.write(
+            f"quickstart: {len(added.refused)} files were not added: {first.id}: {first.reason}\n"
+        )
+
+
+def _pixels(digit: "NDArray[np.float64]") -> "NDArray[np.uint8]":
+    """(8, 8) of 0..16 -> (8, 8, 3) uint8."""
+    import numpy as np
+
+    return np.repeat(np.round(digit * (255 / 16)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def write_held_out_digits(folder: Path, trained_on: set[str]) -> Path:
     """Write some digits that were held out of training as pictures; returns one of them."""
-    import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -98,9 +145,8 @@ def write_held_out_digits(folder: Path, trained_on: set[str]) -> Path:
     held_out = [i for i in range(len(digits.images)) if f"{i:04d}" not in trained_on]
     paths = []
     for index in held_out[:SAMPLES]:
-        pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # 0..16 on paper
         paths.append(folder / f"{index:04d}_is_a_{digits.target[index]}.png")
-        Image.fromarray(pixels).save(paths[-1])
+        Image.fromarray(_pixels(digits.images[index])).save(paths[-1])
     return paths[0]
 
 
