@@ -1,10 +1,11 @@
 """Bring a stopped service's gallery to a new bundle:
-python -m service.switch --state DIR --bundle NEW [--database URL]
+python -m service.switch --state DIR --bundle NEW [--database URL] [--drop-missing]
 
-Items are embedded again from their stored originals; trained ones take the new bundle's vectors. On
-success the new gallery is active, and the service is to be started with the new bundle; otherwise
-nothing has changed. Run again, it goes on where it was stopped. Exit code 0 or 1. INVPROP_DATABASE
-and the settings of the encoder and the decoders are read from the environment as by the service.
+Items are embedded again from their stored originals; trained ones take the new bundle's vectors. An
+item with neither stands in the way, unless --drop-missing leaves all such items out. On success the
+new gallery is active, and the service is to be started with the new bundle; otherwise nothing has
+changed. Run again, it goes on where it was stopped. Exit code 0 or 1. INVPROP_DATABASE and the
+settings of the encoder and the decoders are read from the environment as by the service.
 """
 
 import argparse
@@ -48,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, required=True, help="the bundle to come")
     parser.add_argument("--state", type=Path, help="state directory of the stopped service")
     parser.add_argument("--database", help="its database, where it has one")
+    parser.add_argument(
+        "--drop-missing",
+        action="store_true",
+        help="leave out the items that have no stored original and are not in the new bundle",
+    )
     given = parser.parse_args(arguments)
     values: dict[str, Any] = {"bundle": given.bundle, "state": given.state or Path()}
     if given.database is not None:
@@ -64,34 +70,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GalleryError as error:
         return _fail(str(error))
     try:
-        items, model_id = asyncio.run(_switch(database, settings))
+        items, missing, model_id = asyncio.run(
+            _switch(database, settings, drop_missing=given.drop_missing)
+        )
     except _ERRORS as error:
         return _fail(str(error))
     finally:
         database.close()
+    left_out = f" ({missing:,} that it has no vector of were left out)" if missing else ""
     sys.stdout.write(
-        f"switched: {database.name} now holds {items:,} items of model {model_id[:12]}; start the "
-        f"service with --bundle {given.bundle}\n"
+        f"switched: {database.name} now holds {items:,} items of model {model_id[:12]}{left_out}; "
+        f"start the service with --bundle {given.bundle}\n"
     )
     return 0
 
 
-async def _switch(database: Database, settings: Settings) -> tuple[int, str]:
+async def _switch(
+    database: Database, settings: Settings, *, drop_missing: bool
+) -> tuple[int, int, str]:
+    """How many items there are now, how many were left out, and the model."""
     bundle = await asyncio.to_thread(open_bundle, settings.bundle)
     embedder = await asyncio.to_thread(load_embedder, bundle, settings)
     images = ImagePath(embedder, settings=settings, metrics=Metrics(), rates=Rates(settings))
     try:
         await images.start()
         embed = EmbedOriginals(images, asyncio.get_running_loop(), settings)
-        items = await asyncio.to_thread(_succeed, database, bundle, embed)
+        successor = await asyncio.to_thread(_succeed, database, bundle, embed, drop_missing)
     finally:
         await images.close()
-    return items, bundle.model_id
+    return successor.items, successor.missing, bundle.model_id
 
 
-def _succeed(database: Database, bundle: Bundle, embed: EmbedOriginals) -> int:
+def _succeed(
+    database: Database, bundle: Bundle, embed: EmbedOriginals, drop_missing: bool
+) -> Successor:
     with database.switching():
-        successor = Successor(database, bundle, embed)
+        successor = Successor(database, bundle, embed, drop_missing=drop_missing)
         done = threading.Event()
         saying = threading.Thread(target=_say, args=(successor.progress, done), daemon=True)
         saying.start()
@@ -103,7 +117,7 @@ def _succeed(database: Database, bundle: Bundle, embed: EmbedOriginals) -> int:
         finally:
             done.set()
             saying.join()
-        return successor.items
+        return successor
 
 
 def _say(progress: Progress, done: threading.Event) -> None:

@@ -4,7 +4,7 @@ In: the log of the active gallery, the new bundle, a way to embed pictures. Out:
 same database that has followed the first, operation for operation, and at the end, in one
 transaction, its place. Where each item's new vector comes from: its original, embedded again; else
 the new bundle's own gallery, where that has the id. An item with neither stands in the way, by
-count. What was killed on its way goes on where it stopped.
+count, or is left out where that was asked for. What was killed on its way goes on where it stopped.
 """
 
 import contextlib
@@ -60,14 +60,18 @@ class Successor:
         database: holds the active gallery, and the new one too.
         bundle: the model to come.
         embed: how its encoder sees pictures.
+        drop_missing: items that the new model has no vector of are left out, not in the way.
 
     Raises:
         SwitchRefused: items have no original and no vector in the bundle; or the model is active.
         GalleryError, StorageError: the database is damaged or gone.
     """
 
-    def __init__(self, database: Database, bundle: Bundle, embed: Embed) -> None:
+    def __init__(
+        self, database: Database, bundle: Bundle, embed: Embed, *, drop_missing: bool = False
+    ) -> None:
         self.database = database
+        self._drop_missing = drop_missing
         self.progress = Progress()
         self._bundle = bundle
         self._embed = embed
@@ -84,10 +88,9 @@ class Successor:
         self._last: dict[str, tuple[int, bool | None]] = {}
         self._scanned = 0
         self._scan()
-        without = sum(able is False for _, able in self._last.values())
-        if without:
+        if self.missing and not drop_missing:
             drop_building(database)
-            raise SwitchRefused(_no_originals(without, self._live()))
+            raise SwitchRefused(_no_originals(self.missing, self._live()))
         self.new = OperationsLog(database, self._begin())
         # id -> seq of the items that the new gallery holds
         self._present: dict[str, int] = {}
@@ -98,6 +101,11 @@ class Successor:
     def items(self) -> int:
         """How many items the new gallery holds so far."""
         return len(self._present)
+
+    @property
+    def missing(self) -> int:
+        """How many items of the old gallery the new model has no vector of."""
+        return sum(able is False for _, able in self._last.values())
 
     def follow(self) -> None:
         """Take over whatever the old log holds now.
@@ -146,7 +154,7 @@ class Successor:
             return self.new
 
     def _check_complete(self) -> None:
-        live = [i for i, (_, able) in self._last.items() if able is not None]
+        live = [i for i, (_, able) in self._last.items() if able]
         lost = sum(item_id not in self._present for item_id in live)
         if lost:
             raise SwitchRefused(
@@ -252,13 +260,17 @@ class Successor:
             if operation.kind == "delete":
                 translated.append(operation)
             elif operation.original is None:
-                if operation.id not in self._own:
+                if operation.id in self._own:
+                    vector = _packed(self._own[operation.id])
+                    translated.append(operation._replace(vector=vector))
+                elif self._drop_missing:  # also what it was before it came as a vector
+                    translated.append(Operation("delete", operation.id))
+                else:
                     raise SwitchRefused(_no_originals(1, self._live()))
-                translated.append(operation._replace(vector=_packed(self._own[operation.id])))
             elif seq in vectors:
-                vector = vectors[seq]
-                assert not isinstance(vector, str)
-                translated.append(operation._replace(vector=_packed(vector)))
+                embedded = vectors[seq]
+                assert not isinstance(embedded, str)
+                translated.append(operation._replace(vector=_packed(embedded)))
         return translated
 
     def _live(self) -> int:
@@ -329,6 +341,7 @@ def _packed(vector: Vectors) -> bytes:
 def _no_originals(count: int, items: int) -> str:
     return (
         f"{count:,} of {items:,} items have no stored original and are not in the new bundle's "
-        "gallery, so the new model has no vector of them. Delete them, or add their images again "
-        "with originals = keep, or start the new bundle on an empty state"
+        "gallery, so the new model has no vector of them. Add their images again with originals = "
+        "keep; or stop the service and leave them out by python -m service.switch --drop-missing; "
+        "or start the new bundle on an empty state"
     )

@@ -1,10 +1,17 @@
 """What is promised of another bundle, of backup and of restore."""
 
+import base64
 import time
 from pathlib import Path
 
 from load import Writers
-from stack import ENDED_S, Broken, Report, Stack, timed
+from stack import ENDED_S, Broken, Report, Stack, picture, timed
+
+PHOTOS = 64
+SMALL = (
+    *("epochs=2", "loss.warmup_epochs=1", "batch_size=16"),
+    *("encoder.backbone=small", "encoder.image_size_px=32"),
+)
 
 
 def upgrade(stack: Stack, report: Report) -> None:
@@ -76,6 +83,56 @@ def upgrade(stack: Stack, report: Report) -> None:
         "the first model, all items",
         info["model"] == before["model"] and info["gallery"]["items"] == after,
     )
+
+
+def own_images(stack: Stack, report: Report, folder: Path) -> None:
+    """From the built-in sample to a bundle of the operator's own images, as the README says it."""
+    where = folder / "photos"
+    where.mkdir()
+    for number in range(PHOTOS):
+        name = where / f"{number:03d}.png"
+        name.write_bytes(base64.b64decode(picture(f"photo {number}")))
+        name.chmod(0o644)
+    stack.add("kept.png")
+    before = stack.ask("GET", "/info")
+    train = ("folder", "--data", "/data", "--output", "/bundles/photos", *SMALL)
+    mount = ("--volume", f"{where}:/data:ro")
+    stack.compose("run", "--rm", "-T", *mount, "train", *train)
+    _link_current(stack, "photos/bundle")
+    stack.compose("kill", "--signal", "HUP", "service")
+    began = time.monotonic()
+    said: dict[str, str] = {}
+    while said.get("state") != "refused" and time.monotonic() - began < 60:
+        time.sleep(0.2)
+        said = stack.ask("GET", "/info")["gallery"]["switch"]
+    wanted = "--drop-missing"
+    report.add(
+        "own images: SIGHUP while the gallery is the sample's",
+        f"{said.get('state')}: {said.get('reason', '')[-200:]}",
+        f"refused, names {wanted}",
+        said.get("state") == "refused" and wanted in said["reason"],
+    )
+    for bundle in ("photos/bundle", "sample/bundle"):
+        stack.compose("stop", "service")
+        _link_current(stack, bundle)
+        switch = ("python", "-m", "service.switch", "--bundle", "/bundles/current", wanted)
+        done = stack.compose("run", "--rm", "-T", "--no-deps", "service", *switch)
+        stack.up()
+        info = stack.ask("GET", "/info")
+        is_sample = info["model"] == before["model"]
+        report.add(
+            f"own images: service.switch --drop-missing to {bundle}",
+            done.strip().splitlines()[-1],
+            "the new model, the added picture kept",
+            is_sample == (bundle == "sample/bundle") and stack.has("kept.png"),
+        )
+        own = stack.has("000.png")
+        report.add(
+            f"own images: in the gallery with {bundle}",
+            str(own),
+            str(not is_sample),
+            own != is_sample,
+        )
 
 
 def backup(stack: Stack, report: Report, folder: Path) -> None:

@@ -201,10 +201,18 @@ def test_offline_switch__makes_the_new_model_the_active_one(
     assert "holds no gallery yet" in capsys.readouterr().err
     for service in start_service(state, originals="keep"):
         add(service, "a", picture(1))
+        line = json.dumps({"id": "v", "vector": UNIT}).encode()
+        assert service.client.post("/items", content=line, headers=NDJSON).is_success
         assert switch.main(arguments) == 1
         assert "is in use by process" in capsys.readouterr().err
-    assert switch.main(arguments) == 0
-    assert f"43 items of model {new_bundle.model_id[:12]}" in capsys.readouterr().out
+    assert switch.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "1 of 42 items have no stored original" in said
+    assert "python -m service.switch --drop-missing" in said
+    assert switch.main([*arguments, "--drop-missing"]) == 0
+    said = capsys.readouterr().out
+    assert f"43 items of model {new_bundle.model_id[:12]}" in said
+    assert "(1 that it has no vector of were left out)" in said
     for service in start_service(state, of=new_bundle):
         np.testing.assert_allclose(
             vector_of(service, "a"), service.embedding(picture(1)), atol=1e-6

@@ -225,6 +225,23 @@ def test_successor__is_refused_with_the_number_of_items_without_original(
     assert do(old, deletes=["v"]).deleted == 1
 
 
+def test_successor__leaves_out_what_it_has_no_vector_of_where_that_is_asked_for(
+    database: Database, old: LoggedGallery, new_bundle: Bundle
+) -> None:
+    do(old, upserts=[picture("p", b"\x01"), picture("q", b"\x02"), Item("v", AXES[0], {})])
+    new = Successor(database, new_bundle, FakeEncoder(), drop_missing=True)
+    new.follow()
+    # While it is built: a picture that is replaced by a vector, another vector, one that goes.
+    do(old, upserts=[Item("q", AXES[0], {}), Item("w", AXES[0], {})], deletes=["v"])
+    got = content(new.finish(), new_bundle)
+    assert new.missing == 2  # q and w
+    assert len(got) == new.items
+    assert {"q", "v", "w"}.isdisjoint(got)
+    np.testing.assert_array_equal(got["p"][0], AXES[1])
+    assert "train/0041.png" in got  # the new bundle's own
+    assert states(database) == ["retired", "active"]
+
+
 def test_successor__is_refused_when_an_original_is_no_picture_to_it(
     database: Database, old: LoggedGallery, new_bundle: Bundle
 ) -> None:
