@@ -5,10 +5,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from stack import PROJECT, ROOT, Report, Stack
+from stack import PROJECT, Report, Stack
 
 BAD = f"{PROJECT}-bad"
-GPU = f"{ROOT}/docker-compose.yml:{ROOT}/deploy/compose.gpu.yaml"
 # Bundle and data sets are the stack's.
 GIVEN = f"""
 volumes:
@@ -23,11 +22,6 @@ def bad_input(stack: Stack, report: Report, folder: Path) -> None:
     _bundles(stack, report, folder)
     _proxy(report)
     _database(report, folder)
-    with other_stack(COMPOSE_FILE=GPU) as other:
-        said = other.compose("up", "--detach", "--no-deps", "--no-build", "service", check=False)
-        line_of(
-            report, "no GPU behind the overlay", said, 'could not select device driver "nvidia"'
-        )
 
 
 @contextlib.contextmanager
