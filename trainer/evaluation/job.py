@@ -416,11 +416,21 @@ def parse_job(values: Mapping[str, Any]) -> Job:
 
 def _load(path: Path, what: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
         raise JobError(f"{path} cannot be read as {what}: {error}") from error
     if not isinstance(values, dict):
         raise JobError(f"{path} must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys differ; else nobody knew which value was meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice[:64]!r} twice; say it once")
     return values
 
 

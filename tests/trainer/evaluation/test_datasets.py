@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from trainer.datasets import DataError
 from trainer.evaluation.datasets import open_dataset
-from trainer.evaluation.job import JobError, parse_job
+from trainer.evaluation.job import JobError, load_job, parse_job
 from trainer.evaluation.labelled import LabelledDataset
 
 from .conftest import draw_images
@@ -276,3 +276,9 @@ def test_labels__of_several_classes_an_image_are_refused_where_one_is_wanted(
     found = opened(kind="voc", root=str(voc_tree), class_names=["dark", "light"])
     with pytest.raises(JobError, match="several classes each"):
         _ = found.train.labels
+
+
+def test_job__with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"protocol": "knn", "dataset": {"kind": 1, "kind": 2}}')
+    with pytest.raises(JobError, match="has the key 'kind' twice; say it once"):
+        load_job(tmp_path / "job.json")
