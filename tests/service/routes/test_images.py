@@ -126,6 +126,9 @@ def test_pictures__are_not_kept_where_the_operator_does_not_want_them(
         ("UPDATE operations SET id = x'00' WHERE seq = 41", "seq 41"),
         ("UPDATE operations SET metadata = 7 WHERE seq = 41", "seq 41"),
         ("UPDATE pictures SET content = 7", "does not match its hash"),
+        # And text that is none: the database's own reading of it fails.
+        ("UPDATE operations SET id = CAST(x'ff' AS TEXT) WHERE seq = 41", "seq 41"),
+        ("UPDATE pictures SET content = CAST(x'ff' AS TEXT)", "does not match its hash"),
     ],
 )
 def test_picture__that_is_damaged_is_named_and_never_served(
