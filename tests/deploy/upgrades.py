@@ -97,6 +97,7 @@ def own_images(stack: Stack, report: Report, folder: Path) -> None:
     before = stack.ask("GET", "/info")
     train = ("folder", "--data", "/data", "--output", "/bundles/photos", *SMALL)
     mount = ("--volume", f"{where}:/data:ro")
+    _stopped(stack, report, mount, train)
     stack.compose("run", "--rm", "-T", *mount, "train", *train)
     _link_current(stack, "photos/bundle")
     stack.compose("kill", "--signal", "HUP", "service")
@@ -132,6 +133,29 @@ def own_images(stack: Stack, report: Report, folder: Path) -> None:
             str(own),
             str(not is_sample),
             own != is_sample,
+        )
+
+
+def _stopped(stack: Stack, report: Report, mount: tuple[str, str], train: tuple[str, ...]) -> None:
+    """A training that is stopped saves first, says where, and can go on."""
+    name = f"{stack.project}-stopped"
+    long = ("epochs=100000", "--output", "/bundles/stopped")
+    for resume in ((), ("--resume",)):
+        stack.compose("run", "--detach", "--name", name, *mount, "train", *train, *long, *resume)
+        began = time.monotonic()
+        while "epoch 1" not in stack.run("docker", "logs", name):  # or 10, or 1234
+            if time.monotonic() - began > 120:
+                raise Broken(f"no epoch was ended: {stack.run('docker', 'logs', name)[-2000:]}")
+            time.sleep(0.5)
+        stack.run("docker", "stop", name)
+        said = stack.run("docker", "logs", name).strip().splitlines()[-1]
+        code = stack.run("docker", "inspect", "--format", "{{.State.ExitCode}}", name).strip()
+        stack.run("docker", "rm", name)
+        report.add(
+            f"train{' --resume' if resume else ''}, stopped",
+            f"exit code {code}: {said}",
+            "143, the state is saved",
+            code == "143" and said.startswith("stopped; the state is in"),
         )
 
 
