@@ -25,6 +25,7 @@ from service.check import Report, check
 from service.gallery.database import FILE_NAME, Database
 from service.gallery.protocol import GalleryError, StorageError
 from service.gallery.tables import metadata
+from service.settings import from_environment
 from trainer.representation.artifact import ArtifactError, write_artifact
 
 SCHEMA = "invprop.backup/1"
@@ -47,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where.add_argument("--database", help="postgresql:// URL.")
     parser.add_argument("--to", type=Path, required=True, help="Directory to make; must not exist.")
     given = parser.parse_args(arguments)
+    if from_environment("gallery") is not None:
+        sys.stderr.write(
+            "error: INVPROP_GALLERY is set: a gallery in Milvus is backed up with Milvus' own tools. "
+            "For a log that was there before it moved, unset INVPROP_GALLERY\n"
+        )
+        return 1
     try:
         report = backup(given.state, given.database, given.to)
     except (CopyError, GalleryError, StorageError, ArtifactError, OSError) as error:

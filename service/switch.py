@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         return _fail("; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors()))
+    if settings.gallery is not None:
+        return _fail(
+            "INVPROP_GALLERY is set: a collection in Milvus belongs to its model; give another "
+            "model another collection, and add the pictures there"
+        )
     configure_logging(settings.log_level)
     if given.state is None and settings.database is None:
         return _fail("give --state DIR, --database URL or both, as the service has them")

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from bad_input import GIVEN, other_stack, overlay_file
+from bad_input import GIVEN, line_of, other_stack, overlay_file
 from losses import kill, loses
 from stack import ENDED_S, ROOT, Report, Stack
 
@@ -46,6 +46,8 @@ def milvus(report: Report, folder: Path) -> None:
         evaluation = other.evaluate(0)
         ended = other.until_ended([evaluation], ENDED_S)[evaluation]["status"]
         report.add("Milvus: an evaluation beside it", ended, "succeeded", ended == "succeeded")
+        said = other.run("./deploy/backup", str(folder / "of-milvus"), check=False)
+        line_of(report, "deploy/backup of a gallery in Milvus", said, "with Milvus' own tools")
         for service in ("service", "milvus"):
             loses(other, report, f"gallery in Milvus, {service} killed", kill(other, service))
 

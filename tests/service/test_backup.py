@@ -66,12 +66,21 @@ def reopened(state: Path, bundle: Bundle) -> dict[str, Any]:
 
 
 def test_backup__of_a_gallery_in_use_comes_back_equal(
-    gallery: LoggedGallery, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gallery: LoggedGallery,
+    bundle: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = known(gallery)
     assert wanted["answer"] is not None
     target, state = tmp_path / "copies" / "one", tmp_path / "restored"
-    assert backup_module.main(["--state", str(tmp_path / "state"), "--to", str(target)]) == 0
+    arguments = ["--state", str(tmp_path / "state"), "--to", str(target)]
+    with monkeypatch.context() as other:
+        other.setenv("INVPROP_GALLERY", "milvus://127.0.0.1:19530/photos")
+        assert backup_module.main(arguments) == 1
+    assert "is backed up with Milvus' own tools" in capsys.readouterr().err
+    assert backup_module.main(arguments) == 0
     assert "44 items after 48 operations" in capsys.readouterr().out
     assert sorted(path.name for path in target.iterdir()) == [MANIFEST, FILE_NAME]
     assert [path.name for path in target.parent.iterdir()] == ["one"]

@@ -219,6 +219,11 @@ def test_offline_switch__makes_the_new_model_the_active_one(
         )
     assert switch.main(arguments) == 1
     assert "is the active one already" in capsys.readouterr().err
+    with monkeypatch.context() as other:
+        other.setenv("INVPROP_GALLERY", "milvus://127.0.0.1:19530/photos")
+        other.setenv("INVPROP_THUMBNAILS", "false")
+        assert switch.main(arguments) == 1
+        assert "a collection in Milvus belongs to its model" in capsys.readouterr().err
     with pytest.raises(AssertionError, match=r"python -m service\.switch"):
         next(start_service(state))  # with the old bundle
 
