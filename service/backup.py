@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if from_environment("gallery") is not None:
         sys.stderr.write(
-            "error: INVPROP_GALLERY is set: a gallery in Milvus is backed up with Milvus' own tools. "
-            "For a log that was there before it moved, unset INVPROP_GALLERY\n"
+            "error: INVPROP_GALLERY is set: a gallery in Milvus is backed up with Milvus' own "
+            "tools. For a log that was there before it moved, unset INVPROP_GALLERY\n"
         )
         return 1
     try:
