@@ -72,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
         help="one folder (ids are paths in it; goes on after a stop), or files; - reads paths",
     )
     add.add_argument("--journal", metavar="FILE", help="of a folder; beside it by default")
+    add.add_argument(
+        "--metadata",
+        metavar="FILE",
+        help="of the pictures: CSV with a column `id`, or lines of JSON as `export --no-vectors`",
+    )
     add.add_argument("--json", action="store_true", help="the counts as JSON")
 
     neighbours = command("neighbours", help="the most similar items")

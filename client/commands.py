@@ -11,6 +11,7 @@ from typing import Any
 
 from client.blocking import Client
 from client.errors import Rejected
+from client.facts_file import read_facts
 from client.models import Evaluation, Json
 from client.output import Rows, rows_file
 from client.paths import local_path, pictures_in
@@ -56,11 +57,30 @@ def embed(service: Client, given: argparse.Namespace) -> int:
 
 
 def add(service: Client, given: argparse.Namespace) -> int:
+    facts = {} if given.metadata is None else read_facts(local_path(given.metadata))
+    unused = set(facts)
+
+    def facts_of(item_id: str) -> Json | None:
+        unused.discard(item_id)
+        return facts.get(item_id)
+
+    code = _add(service, given, facts_of if facts else None)
+    if unused:
+        said = f"{len(unused)} of its {len(facts)} ids are of no picture that was given"
+        _complaint(given.metadata, f"{said}, such as {min(unused)!r}")
+    return 1 if unused else code
+
+
+def _add(
+    service: Client, given: argparse.Namespace, facts_of: Callable[[str], Json | None] | None
+) -> int:
     if len(given.pictures) == 1 and given.pictures[0] != "-":
         folder = local_path(given.pictures[0])
         if folder.is_dir():
             with _metered("adding") as told:
-                done = service.add_folder(folder, journal=given.journal, progress=told)
+                done = service.add_folder(
+                    folder, journal=given.journal, metadata=facts_of, progress=told
+                )
             for file in done.refused:
                 _complaint(file.id, file.reason)
             if given.json:
@@ -82,7 +102,8 @@ def add(service: Client, given: argparse.Namespace) -> int:
         names, contents = _read(part)
         failed += len(part) - len(names)
         if contents:
-            answer = service.add(contents, ids=names)
+            facts = None if facts_of is None else [facts_of(name) for name in names]
+            answer = service.add(contents, ids=names, metadata=facts)
             added, updated = added + answer.added, updated + answer.updated
             version = answer.gallery_version
             for refused in answer.rejected:

@@ -5,6 +5,8 @@ answer for are not sent again unless they have changed; parts that were on their
 under their Idempotency-Key, so that the service changes nothing twice.
 """
 
+import hashlib
+import json
 import os
 import threading
 import unicodedata
@@ -126,13 +128,14 @@ class _Job:
     def begun_before(self) -> Iterator[tuple[str, list[_Line]]]:
         """The parts of an earlier run that were not seen answered, read again; those of which a
         file has gone, changed or been answered since are left to lines()."""
-        answered = self.book.kept.answered
+        answered = {_bare(sent) for sent in self.book.kept.answered.values()}
         for begun in list(self.book.kept.begun.values()):
-            if any(answered.get(sent.id) == sent for sent in begun.files):
+            if any(_bare(sent) in answered for sent in begun.files):
                 continue
             try:
                 part = [
-                    self._read(FileInFolder(self._root / sent.id, sent.id)) for sent in begun.files
+                    self._read(*self._described(FileInFolder(self._root / sent.id, sent.id)))
+                    for sent in begun.files
                 ]
             except (OSError, _Refused):
                 continue
@@ -147,9 +150,10 @@ class _Job:
                 continue
             try:
                 _check_name(file, self._names)
-                if self._is_answered(file):
+                described = self._described(file)
+                if self._is_answered(described[1]):
                     continue
-                line = self._read(file)
+                line = self._read(*described)
             except _Refused as error:
                 self._refuse(file.id, str(error))
             except OSError as error:
@@ -182,20 +186,26 @@ class _Job:
             journal=str(self.book.path),
         )
 
-    def _is_answered(self, file: FileInFolder) -> bool:
-        sent = self.book.kept.answered.get(file.id)
-        if sent is None or sent != _as_it_is(file):
+    def _described(self, file: FileInFolder) -> tuple[FileInFolder, Sent, Json | None]:
+        """The file as it is, and its metadata."""
+        facts = None if self._metadata is None else self._metadata(file.id)
+        stat = file.path.stat()
+        return file, Sent(file.id, stat.st_size, stat.st_mtime_ns, _digest(facts)), facts
+
+    def _is_answered(self, now: Sent) -> bool:
+        sent = self.book.kept.answered.get(now.id)
+        if sent is not None and self._metadata is None:
+            sent = _bare(sent)  # nothing is said of its metadata: what is there stays
+        if sent != now:
             return False
         with self._lock:
             self._already += 1
             self._tell(1)
         return True
 
-    def _read(self, file: FileInFolder) -> _Line:
-        sent = _as_it_is(file)
+    def _read(self, file: FileInFolder, sent: Sent, facts: Json | None) -> _Line:
         content = pictures.encode(file.path)
         item: dict[str, object] = {"id": file.id, "image": pictures.as_base64(content)}
-        facts = None if self._metadata is None else self._metadata(file.id)
         if facts is not None:
             item["metadata"] = facts
         line = bodies.to_json(item) + b"\n"
@@ -249,9 +259,17 @@ def _check_name(file: FileInFolder, names: dict[str, str]) -> None:
             raise _Refused("a duplicate: the same name is there in another spelling of Unicode")
 
 
-def _as_it_is(file: FileInFolder) -> Sent:
-    stat = file.path.stat()
-    return Sent(file.id, stat.st_size, stat.st_mtime_ns)
+def _bare(sent: Sent) -> Sent:
+    """The file alone, whatever its metadata."""
+    return sent._replace(facts="")
+
+
+def _digest(facts: Json | None) -> str:
+    """The same for equal metadata."""
+    if facts is None:
+        return ""
+    content = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _line_bytes(entry: _Line) -> int:

@@ -30,6 +30,7 @@ class Sent(NamedTuple):
     id: str
     size: int
     mtime_ns: int
+    facts: str = ""  # a digest of its metadata, where it was sent with any
 
 
 @dataclass
@@ -160,7 +161,10 @@ def _take(kept: Kept, line: dict[str, Any], *, first: bool) -> None:
             raise ValueError(f"journal {line['journal']!r}, wanted {SCHEMA}")
         kept.head = line
     elif "begin" in line:
-        files = tuple(Sent(str(i), int(size), int(time)) for i, size, time in line["files"])
+        files = tuple(
+            Sent(str(i), int(size), int(time), *map(str, facts))
+            for i, size, time, *facts in line["files"]
+        )
         kept.begun[line["begin"]] = Begun(line["begin"], files)
     else:
         part = kept.begun.pop(line["end"])

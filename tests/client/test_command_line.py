@@ -153,6 +153,56 @@ def test_add__files_are_named_as_written(
     assert (code, err) == (2, "invprop add: '1.png' is there twice\n")
 
 
+def test_add__with_metadata_of_a_file(fake: Any, run: Run, files: Path) -> None:
+    fake.on("POST", "/items", httpx2.Response(200, json=ADDED))
+    folder = files / "photos"
+    folder.mkdir()
+    for path in files.glob("*.png"):
+        path.rename(folder / path.name)
+    labels = files / "labels.csv"
+    labels.write_text('\ufeffid,label,note\n1.png,cat,"a, b"\n2.png,dog,\n', encoding="utf-8")
+    code, _, err = run("add", folder, "--metadata", labels)
+    assert (code, err) == (0, "adding: 3 of 3\n")
+    sent = {line["id"]: line.get("metadata") for line in lines_in(fake.asked("/items")[0])}
+    assert sent == {
+        "1.png": {"label": "cat", "note": "a, b"},
+        "2.png": {"label": "dog"},
+        "x.png": None,
+    }
+    rows = files / "rows.jsonl"
+    rows.write_text('{"id": "x.png", "metadata": {"n": 1}}\n\n{"id": "y", "metadata": {}}\n')
+    code, _, err = run("add", folder / "x.png", "--metadata", rows)
+    assert code == 1
+    assert f"{rows}: 2 of its 2 ids are of no picture that was given, such as 'x.png'" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "name,label\nx,1\n", "with `id` among them; got name, label"),
+        ("a.csv", "", "got nothing"),
+        ("a.csv", "id,a,a\n", "each once"),
+        ("a.csv", "id,a\nx,1\nx,2\n", "line 3: 'x' is there twice"),
+        ("a.csv", "id,a\nx\n", "line 2: wanted an id and 2 values"),
+        ("a.csv", "id,a\nx,1,2\n", "line 2: wanted an id and 2 values"),
+        ("a.csv", 'id,a\nx,"1\n', "after line 1: unexpected end of data"),
+        ("a.jsonl", '{"id": "x"}\n{"id": 1}\n', 'line 2: wanted {"id": "..."'),
+        ("a.jsonl", '{"id": "x", "metadata": [1]}\n', "line 1: wanted"),
+        ("a.jsonl", "id\n", "line 1: Expecting value"),
+    ],
+)
+def test_add__metadata_that_cannot_be_read(
+    fake: Any, run: Run, files: Path, name: str, content: str, message: str
+) -> None:
+    path = files / name
+    path.write_text(content)
+    code, _, err = run("add", files / "1.png", "--metadata", path)
+    assert code == 2
+    assert f"invprop add: {path}" in err
+    assert message in err
+    assert not fake.asked("/items")
+
+
 def test_neighbours__lines_and_json(fake: Any, run: Run, files: Path) -> None:
     fake.on("POST", "/neighbours", neighbours_of_each)
     assert run("neighbours", "--id", "a", "-k", 3, "--filter", "kind=cat", "--filter", "n=3") == (

@@ -160,6 +160,38 @@ def test_add_folder__other_metadata_after_a_lost_answer(
     assert connect().add_folder(folder).already == 7
 
 
+def test_add_folder__metadata_that_changed_are_sent(kept: Kept, service: Any, folder: Path) -> None:
+    service.add_folder(folder)  # nothing is said of them
+    done = service.add_folder(folder, metadata=lambda item_id: {"a": 1, "b": item_id[0]})
+    assert (done.updated, done.already) == (7, 0)
+    done = service.add_folder(folder, metadata=lambda item_id: {"b": item_id[0], "a": 1})
+    assert (done.updated, done.already) == (0, 7)
+    done = service.add_folder(
+        folder, metadata=lambda i: {"b": i[0], "a": 1} if i != "c.webp" else {"b": "other"}
+    )
+    assert (done.updated, done.already) == (1, 6)
+    assert kept.items["c.webp"]["metadata"] == {"b": "other"}
+    done = service.add_folder(folder)
+    assert (done.updated, done.already) == (0, 7)
+    assert kept.items["c.webp"]["metadata"] == {"b": "other"}
+    done = service.add_folder(folder, metadata=lambda _: None)
+    assert done.updated == 7
+    assert "metadata" not in kept.items["c.webp"]
+
+
+def test_add_folder__goes_on_with_a_journal_without_digests(
+    kept: Kept, service: Any, folder: Path
+) -> None:
+    done = service.add_folder(folder)
+    journal = Path(done.journal)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        if "files" in line:
+            line["files"] = [entry[:3] for entry in line["files"]]  # as earlier versions wrote it
+    journal.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert service.add_folder(folder).already == 7
+
+
 def test_add_folder__what_is_no_picture_is_listed(
     fake: Any, kept: Kept, service: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
