@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from stack import PROJECT, Report, Stack
+from stack import PROJECT, ROOT, Report, Stack
 
 BAD = f"{PROJECT}-bad"
 # Bundle and data sets are the stack's.
@@ -31,7 +31,10 @@ def other_stack(**environment: str) -> Iterator[Stack]:
     try:
         yield stack
     finally:
-        stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "5", check=False)
+        # With its overlays, and without: what an overlay calls the stack's may be this one's too.
+        for files in (stack.environment["COMPOSE_FILE"], f"{ROOT}/docker-compose.yml"):
+            stack.environment["COMPOSE_FILE"] = files
+            stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "5", check=False)
 
 
 def line_of(report: Report, what: str, said: str, wanted: str) -> None:
