@@ -54,10 +54,8 @@ def _make_certificate(stack: Stack, where: Path) -> None:
     script = f"cd /tmp && {request} -keyout key.pem -out cert.pem 2>&1 && cat key.pem cert.pem"
     words = ("--entrypoint", "sh", "service", "-c", script)
     said = stack.compose("run", "--rm", "-T", "--no-deps", *words)
-    for name, begin, end in (
-        ("key.pem", "-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----"),
-        ("cert.pem", "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"),
-    ):
+    for name, what in (("key.pem", "PRIVATE KEY"), ("cert.pem", "CERTIFICATE")):
+        begin, end = f"-----BEGIN {what}-----", f"-----END {what}-----"
         found = said[said.index(begin) : said.index(end) + len(end)]
         (where / name).write_text(found + "\n")  # the same file: the proxy has it mounted
         (where / name).chmod(0o644)
