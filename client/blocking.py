@@ -164,9 +164,9 @@ class Client:
         Args:
             journal: file that keeps what was answered; beside the folder by default. The same call
                 sends what is new or changed since, and what was not answered.
-            metadata: called with the id of each file, its path from the folder; gives its metadata
-                or None. A file whose metadata changed is sent again; without this, what the items
-                have stays.
+            metadata: called with the id of each file, its path from the folder; gives its metadata,
+                and a file whose metadata changed is sent again; or None: nothing is said of it, and
+                of a file that was sent before what is there stays.
             progress: called with (files done, files there) as parts are answered, from one thread
                 at a time; client.progress.meter() makes one that draws.
 

@@ -128,9 +128,12 @@ class _Job:
     def begun_before(self) -> Iterator[tuple[str, list[_Line]]]:
         """The parts of an earlier run that were not seen answered, read again; those of which a
         file has gone, changed or been answered since are left to lines()."""
-        answered = {_bare(sent) for sent in self.book.kept.answered.values()}
+        answered = self.book.kept.answered
         for begun in list(self.book.kept.begun.values()):
-            if any(_bare(sent) in answered for sent in begun.files):
+            if any(
+                sent.id in answered and _bare(answered[sent.id]) == _bare(sent)
+                for sent in begun.files
+            ):
                 continue
             try:
                 part = [
@@ -194,9 +197,10 @@ class _Job:
 
     def _is_answered(self, now: Sent) -> bool:
         sent = self.book.kept.answered.get(now.id)
-        if sent is not None and self._metadata is None:
-            sent = _bare(sent)  # nothing is said of its metadata: what is there stays
-        if sent != now:
+        if sent is None:
+            return False
+        # Where nothing is said of its metadata, what is there stays.
+        if (sent if now.facts else _bare(sent)) != now:
             return False
         with self._lock:
             self._already += 1

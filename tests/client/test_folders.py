@@ -174,9 +174,12 @@ def test_add_folder__metadata_that_changed_are_sent(kept: Kept, service: Any, fo
     done = service.add_folder(folder)
     assert (done.updated, done.already) == (0, 7)
     assert kept.items["c.webp"]["metadata"] == {"b": "other"}
-    done = service.add_folder(folder, metadata=lambda _: None)
+    done = service.add_folder(folder, metadata=lambda i: {"n": 1} if i == "d.JPEG" else None)
+    assert (done.updated, done.already) == (1, 6)  # a file that names some says nothing of others
+    assert kept.items["c.webp"]["metadata"] == {"b": "other"}
+    done = service.add_folder(folder, metadata=lambda _: {})
     assert done.updated == 7
-    assert "metadata" not in kept.items["c.webp"]
+    assert kept.items["c.webp"]["metadata"] == {}
 
 
 def test_add_folder__goes_on_with_a_journal_without_digests(
