@@ -154,7 +154,8 @@ class Successor:
             return self.new
 
     def _check_complete(self) -> None:
-        live = [i for i, (_, able) in self._last.items() if able]
+        left_out = (None, False) if self._drop_missing else (None,)
+        live = [i for i, (_, able) in self._last.items() if able not in left_out]
         lost = sum(item_id not in self._present for item_id in live)
         if lost:
             raise SwitchRefused(
