@@ -9,10 +9,8 @@ import asyncio
 import contextlib
 import contextvars
 import importlib.metadata
-import os
 import queue
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import faiss
@@ -33,7 +31,7 @@ from service.embedder import Embedder, EmbedderError
 from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.evaluations import Evaluations
 from service.gallery.choice import SearchOptions
-from service.gallery.database import Database
+from service.gallery.database import Database, make_state
 from service.gallery.logged import LoggedGallery
 from service.gallery.milvus_gallery import MilvusGallery, open_store
 from service.gallery.oplog import OperationsLog
@@ -389,7 +387,7 @@ class Runtime:
         if self._gallery is None and settings.gallery is not None:
             assert bundle is not None
             self._gallery = await asyncio.to_thread(self._open_milvus, bundle)
-        await asyncio.to_thread(_make_state, settings.state)
+        await asyncio.to_thread(make_state, settings.state)
         self._evaluations = await asyncio.to_thread(
             Evaluations, settings, self.datasets, self.metrics, jobs=self._jobs
         )
@@ -444,7 +442,7 @@ class Runtime:
     def _open_milvus(self, bundle: Bundle) -> MilvusGallery:
         settings = self.settings
         assert settings.gallery is not None
-        _make_state(settings.state)  # groupings are kept there
+        make_state(settings.state)  # groupings are kept there
         return MilvusGallery(
             open_store(settings.gallery.get_secret_value()),
             model_id=bundle.model_id,
@@ -518,13 +516,3 @@ class Runtime:
             f"not ready yet: {', '.join(waiting) or 'starting'}; /readyz says when it is",
             retry_after_s=RETRY_AFTER_S,
         )
-
-
-def _make_state(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GalleryError(
-            f"the state directory {directory} cannot be made: {error.strerror}; give --state "
-            f"(INVPROP_STATE) a directory that uid {os.getuid()} can write to"
-        ) from error

@@ -209,16 +209,32 @@ class Database:
             raise GalleryError(f"{self.name} cannot be opened as a log: {error}") from error
 
 
-def _own(directory: Path) -> IO[str]:
-    """Take the state directory for this process, or say who has it."""
-    try:
+def make_state(directory: Path) -> None:
+    """Make the state directory, unless it is there.
+
+    Raises:
+        GalleryError: it cannot be made.
+    """
+    with _usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / LOCK_NAME).open("a+")
+
+
+@contextlib.contextmanager
+def _usable(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise GalleryError(
-            f"the state directory {directory} cannot be used: {error.strerror}; give --state a "
-            "directory that can be written"
+            f"the state directory {directory} cannot be used: {error.strerror}; give --state "
+            "(INVPROP_STATE) a directory that can be written"
         ) from error
+
+
+def _own(directory: Path) -> IO[str]:
+    """Take the state directory for this process, or say who has it."""
+    make_state(directory)
+    with _usable(directory):
+        file = (directory / LOCK_NAME).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

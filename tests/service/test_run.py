@@ -187,7 +187,7 @@ def test_service__says_that_its_state_cannot_be_made(
 ) -> None:
     (tmp_path / "file").touch()
     message = run("--bundle", bundle_directory, "--state", tmp_path / "file" / "state").failed()
-    assert "state cannot be made: Not a directory; give --state" in message
+    assert "state cannot be used: Not a directory; give --state" in message
 
 
 def test_listener__sends_small_answers_at_once(tmp_path: Path) -> None:
