@@ -3,40 +3,38 @@
 Run: pytest tests/gpu/test_scripts.py
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from client.models import Info
 from tests.gpu.serve import Answers, compared
 
 HERE = Path(__file__).parent
 
 
-@dataclass
-class FakeInfo:
-    """What is read of /info."""
-
-    execution_provider: str
-    search: dict[str, str]
-
-
-def test_bench_trainer__runs_at_toy_size(tmp_path: Path) -> None:
-    output = tmp_path / "bench.json"
-    words = ["--output", str(output), "--toy", "--device", "cpu"]
+def run(script: str, tmp_path: Path, *words: str) -> Any:
+    """What a script has written at toy size."""
+    output = tmp_path / "output.json"
     done = subprocess.run(
-        [sys.executable, str(HERE / "bench_trainer.py"), *words],
+        [sys.executable, str(HERE / script), "--output", str(output), "--toy", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
     )
     assert done.returncode == 0, done.stderr
-    measured = json.loads(output.read_text())
+    return json.loads(output.read_text())
+
+
+def test_bench_trainer__runs_at_toy_size(tmp_path: Path) -> None:
+    measured = run("bench_trainer.py", tmp_path, "--device", "cpu")
     assert measured["facts"]["device"] == "cpu, toy sizes"
     correctness, *rows = measured["rows"]
     assert correctness["relative_difference_of_losses"] < 1e-3
@@ -46,27 +44,20 @@ def test_bench_trainer__runs_at_toy_size(tmp_path: Path) -> None:
 
 
 def test_serve__runs_at_toy_size(tmp_path: Path) -> None:
-    output = tmp_path / "serve.json"
-    words = ["--output", str(output), "--toy", "--execution-provider", "cpu"]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "serve.py"), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parents[1],
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(output.read_text())["rows"]
+    rows = run("serve.py", tmp_path, "--execution-provider", "cpu")["rows"]
     assert all(row["met"] for row in rows[:3])
     assert rows[1]["smallest_cosine"] > 0.999
     assert [row["images_per_s"] > 0 for row in rows if "images_per_s" in row] == [True] * 3
 
 
 def test_serve__asks_for_the_gpu_and_for_the_same_answers() -> None:
-    info = FakeInfo("CPUExecutionProvider", {"device": "cpu"})
+    info = Info(
+        **dict.fromkeys(field.name for field in dataclasses.fields(Info))  # of which two are read
+        | {"execution_provider": "CPUExecutionProvider", "search": {"device": "cpu"}}
+    )
     ones = np.ones((1, 4), np.float32) / 2
-    cpu = Answers(info, ones, [{"a"}] * 1000)  # type: ignore[arg-type]
+    cpu = Answers(info, ones, [{"a"}] * 1000)
     turned = ones * np.asarray([1, 1, 1, -1], np.float32)
-    other = Answers(info, turned, [{"b"}] * 2 + [{"a"}] * 998)  # type: ignore[arg-type]
+    other = Answers(info, turned, [{"b"}] * 2 + [{"a"}] * 998)
     assert [row["met"] for row in compared(cpu, other, on_gpu=True)] == [False, False, False]
     assert [row["met"] for row in compared(cpu, cpu, on_gpu=False)] == [True, True, True]

@@ -102,21 +102,18 @@ def test_evaluations__stay_in_the_database_beside_a_gallery_in_milvus(
         "follow_interval_s": 0.02,
     }
     jobs = Jobs(tmp_path / "worker", url)
-    starts = [start_service(tmp_path / name, **shared) for name in ("one", "two")]
-    one, two = (next(each) for each in starts)
-    accepted = one.client.post("/evaluations", json=ASKED).json()
-    assert two.client.get(f"/evaluations/{accepted['id']}").json()["status"] == "queued"
-    lease = jobs.lease(accepted["id"], "worker")
-    assert lease is not None
-    assert jobs.succeed(accepted["id"], lease.fence, b'{"top1": 0.5}', b"<p>done</p>")
-    for service in (one, two):
-        assert service.client.get(f"/evaluations/{accepted['id']}").json()["report"] == {
-            "top1": 0.5
-        }
-        assert not (service.state / "evaluations.sqlite3").exists()
+    for one in start_service(tmp_path / "one", **shared):
+        for two in start_service(tmp_path / "two", **shared):
+            accepted = one.client.post("/evaluations", json=ASKED).json()
+            where = f"/evaluations/{accepted['id']}"
+            assert two.client.get(where).json()["status"] == "queued"
+            lease = jobs.lease(accepted["id"], "worker")
+            assert lease is not None
+            assert jobs.succeed(accepted["id"], lease.fence, b'{"top1": 0.5}', b"<p>done</p>")
+            for service in (one, two):
+                assert service.client.get(where).json()["report"] == {"top1": 0.5}
+                assert not (service.state / "evaluations.sqlite3").exists()
     jobs.close()
-    for each in starts:
-        each.close()  # type: ignore[attr-defined]
 
 
 def test_events__are_the_evaluation_until_it_has_ended(service: Any, jobs: Jobs) -> None:
