@@ -53,7 +53,9 @@ Result = TypeVar("Result")
 class DecodePool:
     """Spawned processes that decode; with `workers` = 0 everything happens in this one.
 
-    Never forked: a fork after torch has started its threads may hang.
+    Never forked: a fork after torch has started its threads may hang. And no future is ever
+    cancelled: where a process dies before a cancelled one was dropped, CPython 3.11 fails to tell
+    the others (python/cpython#107219), and who waits for them waits for ever.
     """
 
     def __init__(self, workers: int | Literal["auto"]) -> None:
@@ -89,8 +91,6 @@ class DecodePool:
     ) -> Iterator[Result]:
         """Yield function(item) in the order of `items`, some of them computed ahead.
 
-        Closing the iterator drops what was not begun.
-
         Args:
             function: importable by name.
             rescue: called in this process for each item that was lost when a process died.
@@ -101,41 +101,44 @@ class DecodePool:
         if self._executor is None:
             yield from map(function, items)
             return
-        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        waiting: deque[tuple[Item, Future[Result], ProcessPoolExecutor]] = deque()
+
+        def begin(item: Item) -> None:
+            assert self._executor is not None
+            with named_death():
+                try:
+                    begun = self._executor.submit(function, item)
+                except BrokenProcessPool:
+                    if rescue is None:
+                        raise
+                    self._restart()
+                    begun = self._executor.submit(function, item)
+            waiting.append((item, begun, self._executor))
 
         def first() -> Result:
-            item, future = waiting.popleft()
+            item, future, executor = waiting.popleft()
             with named_death():
                 try:
                     return future.result()
                 except BrokenProcessPool:
                     if rescue is None:
                         raise
-            self._restart_if_broken()
+            if executor is self._executor:  # else it was replaced already
+                self._restart()
             return rescue(item)
 
-        try:
-            for item in items:
-                if rescue is not None:
-                    self._restart_if_broken()
-                with named_death():
-                    waiting.append((item, self.submit(function, item)))
-                if len(waiting) > 2 * self.workers:
-                    yield first()
-            while waiting:
+        for item in items:
+            begin(item)
+            if len(waiting) > 2 * self.workers:
                 yield first()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        while waiting:
+            yield first()
 
-    def _restart_if_broken(self) -> None:
-        assert self._executor is not None  # else nothing can have died
-        try:
-            # It refuses work once a process has died; there is no other way to ask.
-            self._executor.submit(int).cancel()
-        except BrokenProcessPool:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = self._start()
+    def _restart(self) -> None:
+        """Replace the executor, which refuses work once one of its processes has died."""
+        assert self._executor is not None
+        self._executor.shutdown(wait=True)
+        self._executor = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(

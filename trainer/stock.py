@@ -142,8 +142,6 @@ class CropStock:
                 yield from self._finished(waiting)
         finally:
             for filling in waiting:
-                for future in filling.futures:
-                    future.cancel()
                 wait(filling.futures)  # nobody may write into a block that is used again
                 self._free.append(filling.block)
 

@@ -5,7 +5,9 @@ Run: pytest tests/trainer/test_stock.py
 
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,32 @@ def test_stock__whose_process_dies(pictures: Callable[..., Path]) -> None:
         stock = CropStock(source, None, pool, size_px=8, sizes=found.sizes)
         with pytest.raises(DataError, match="decoding process died"):
             list(stock.batches([np.array([2, 1])]))
+
+
+class SlowKiller:
+    """A picture whose decoder dies, once the others are queued."""
+
+    def read(self) -> bytes:
+        time.sleep(0.5)
+        os._exit(3)
+
+
+@pytest.mark.timeout(60)
+def test_stock__whose_process_dies_after_it_was_left_ends(
+    pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches() -> Iterator[np.ndarray]:
+        yield np.arange(8)
+        raise KeyError("the sampler")
+
+    monkeypatch.setattr(module, "LEAST_PART", 1)
+    monkeypatch.setattr(module, "LARGEST_PART", 1)
+    found = _survey(open_source(str(pictures(8, nested=False))))
+    source = replace(found.source, pictures=[SlowKiller(), *found.source.pictures[1:]])
+    with DecodePool(1) as pool:
+        stock = CropStock(source, None, pool, size_px=8, sizes=found.sizes)
+        with pytest.raises(KeyError, match="the sampler"):
+            list(stock.batches(batches()))
 
 
 def test_stock__says_how_much_memory_it_lacks(
