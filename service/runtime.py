@@ -191,15 +191,15 @@ class Runtime:
             self._switching = asyncio.create_task(self._change(self._switch, self._serving))
 
     async def _change(self, switch: Switch, old: Serving) -> None:
-        new = await switch.run(old.embedder.model_id)
-        if new is None:
-            return
-        self._beside[new] = await asyncio.to_thread(self._open_beside, new.gallery)
-        self._embedder, self._images, self._gallery = new.embedder, new.images, new.gallery
-        self._serving = new
-        self._report_parts(new)
-        # Requests that began with the old model end with it.
-        self._retiring[old] = asyncio.create_task(self._retire(old))
+        async def serve(new: Serving) -> None:
+            self._beside[new] = await asyncio.to_thread(self._open_beside, new.gallery)
+            self._embedder, self._images, self._gallery = new.embedder, new.images, new.gallery
+            self._serving = new
+            self._report_parts(new)
+            # Requests that began with the old model end with it.
+            self._retiring[old] = asyncio.create_task(self._retire(old))
+
+        await switch.run(old.embedder.model_id, serve)
 
     async def _retire(self, old: Serving) -> None:
         with contextlib.suppress(TimeoutError):  # at once where the service ends

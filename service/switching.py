@@ -1,12 +1,13 @@
 """A running service takes over a new bundle: built beside the old one, switched at one moment.
 
 In: SIGHUP, and a bundle path (it may be a symlink) that now holds another model. Out: the new
-parts, or the reason why the old ones stay; /info tells the state. Until then the old model answers.
+parts are served, or the reason why the old ones stay; /info tells the state. Until it says "done"
+the old model answers.
 """
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -87,8 +88,11 @@ class Switch:
         """Let a switch that is running end soon, unfinished."""
         self._stopping.set()
 
-    async def run(self, current: str) -> Serving | None:
-        """Build what the bundle path holds now; None when that is model `current`, or refused."""
+    async def run(self, current: str, serve: Callable[[Serving], Awaitable[None]]) -> None:
+        """Build what the bundle path holds now and have it served.
+
+        Nothing is served anew when that is model `current`, or when it is refused.
+        """
         self._progress = None
         self._facts = {"state": "building"}
         try:
@@ -98,24 +102,29 @@ class Switch:
             if bundle.model_id == current:
                 self._facts = {"state": "unchanged", "model": current}
                 _log.info("switch_unchanged", model=current)
-                return None
+                return
             self._facts = {"state": "building", "model": bundle.model_id}
             _log.info("switch_begun", model=bundle.model_id, was=current)
             serving = await self._build(bundle)
+            try:
+                await serve(serving)
+            except BaseException:
+                await serving.images.close()
+                await asyncio.to_thread(serving.gallery.close)
+                raise
         except Stopped:
             self._facts = {**self._facts, "state": "stopped"}
-            return None
+            return
         except _REASONS as error:
             self._facts = {**self._facts, "state": "refused", "reason": str(error)}
             _log.warning("switch_refused", reason=str(error))
-            return None
+            return
         except Exception as error:  # noqa: BLE001 - the task's door: the old model goes on
             self._facts = {**self._facts, "state": "failed", "reason": "a defect; see the log"}
             _log.error("switch_failed", exc_info=error)
-            return None
+            return
         self._facts = {"state": "done", "model": bundle.model_id}
         _log.info("switch_done", model=bundle.model_id, items=len(serving.gallery.snapshot()))
-        return serving
 
     async def _build(self, bundle: Bundle) -> Serving:
         embedder = await asyncio.to_thread(load_embedder, bundle, self._settings)

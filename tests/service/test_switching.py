@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service import switch
+from service import runtime, switch
+from service.beside import Beside
 from service.embedder import OnnxEmbedder
 from service.gallery import successor
 from service.gallery.database import Database
+from service.gallery.protocol import Gallery
 from service.gallery.rows import galleries_of
 from service.serving import EmbedOriginals
 from trainer.representation.bundle import Bundle, open_bundle
@@ -124,6 +126,35 @@ def test_switch__is_refused_with_the_reason_and_the_old_model_goes_on(
         move(link, tmp_path)
         reload(service)
         assert "manifest.json" in ended(service)["reason"]
+        assert service.client.get("/readyz").is_success
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_switch__is_said_to_be_done_once_the_new_model_is_served(
+    start_service: Start,
+    link: Path,
+    new_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+) -> None:
+    class Slow(Beside):
+        def __init__(self, gallery: Gallery, *others: Any, **named: Any) -> None:
+            super().__init__(gallery, *others, **named)
+            if gallery.model_id == new_bundle.model_id:
+                threading.Event().wait(0.5)
+                if fails:
+                    self.close()
+                    raise RuntimeError("a defect")
+
+    monkeypatch.setattr(runtime, "Beside", Slow)
+    for service in start_service(tmp_path / "state", of=open_bundle(link), originals="keep"):
+        old = service.bundle.model_id
+        move(link, new_bundle.directory)
+        reload(service)
+        assert ended(service)["state"] == ("failed" if fails else "done")
+        found = service.client.get("/info").json()["model"]
+        assert found == (old if fails else new_bundle.model_id)
         assert service.client.get("/readyz").is_success
 
 
