@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from amqp.exceptions import AccessRefused, NotAllowed
 from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
+from redis.exceptions import AuthenticationError
 
 from service.jobs import CPU, GPU
 
@@ -36,7 +38,7 @@ def celery_application(state: Path, broker: str | None, *, limit_s: float) -> Ce
         limit_s: how long the longest job may take.
 
     Raises:
-        BrokerError: the URL's scheme is none of these.
+        BrokerError: the URL's scheme is none of these, or there is no place for the files.
     """
     application = Celery("invprop", set_as_current=False)
     options: dict[str, Any] = {}
@@ -50,7 +52,10 @@ def celery_application(state: Path, broker: str | None, *, limit_s: float) -> Ce
         folder = (state / BROKER_DIRECTORY).absolute()
         messages, control = folder / "messages", folder / "control"
         for each in (messages, control):
-            each.mkdir(parents=True, exist_ok=True)
+            try:
+                each.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BrokerError(f"{each} cannot be made: {error.strerror}") from error
         options = {
             "data_folder_in": str(messages),
             "data_folder_out": str(messages),
@@ -94,6 +99,26 @@ def celery_application(state: Path, broker: str | None, *, limit_s: float) -> Ce
     return application
 
 
+def refusal(application: Celery) -> str | None:
+    """Why the broker does not let the worker in: a wrong password, or none where it wants one.
+
+    None where it does, and where it cannot be reached: that may change without anybody's doing.
+    """
+    with application.connection_for_read() as connection:
+        try:
+            connection.ensure_connection(max_retries=1, interval_start=0)
+        except (AccessRefused, NotAllowed) as error:
+            refused: Exception = error
+        except OperationalError as error:
+            if not isinstance(error.__cause__, AuthenticationError):
+                return None
+            refused = error
+        else:
+            return None
+        said = str(refused).rstrip(".")
+        return f"the broker {connection.as_uri()} does not let the worker in: {said}"
+
+
 class Doorbell:
     """Rings for jobs; a broker that cannot be reached is logged, and the sweeper rings again."""
 
@@ -108,7 +133,9 @@ class Doorbell:
                 TASK, args=[job_id], queue=queue, retry=False, ignore_result=True
             )
         except (KombuError, OperationalError, OSError) as error:
-            _log.warning("broker_unreachable", job=job_id, reason=type(error).__name__)
+            _log.warning(
+                "broker_unreachable", job=job_id, reason=f"{type(error).__name__}: {error}"
+            )
             return False
         return True
 

@@ -27,7 +27,7 @@ from service.keys import KeysError
 from service.observability import configure_logging
 from service.protocol import BoundedConfig, Connections
 from service.runtime import Runtime
-from service.settings import ENV_PREFIX, Settings
+from service.settings import ENV_PREFIX, Settings, explained, flag
 
 TICKS_PER_S = 10  # how often uvicorn calls on_tick
 SPARE_FILES = 256  # file descriptors for everything that is no connection
@@ -73,12 +73,12 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     for name, field in Settings.model_fields.items():
         default = "" if field.is_required() else f" Default: {field.default}."
         text = f"{field.description}{default}".replace("%", "%%")
-        parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=text, metavar="VALUE")
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, metavar="VALUE")
     given = vars(parser.parse_args(arguments))
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise StartError("; ".join(_explain(entry) for entry in error.errors())) from None
+        raise StartError(explained(error)) from None
 
 
 class Server(uvicorn.Server):
@@ -185,21 +185,6 @@ def allow_files(wanted: int) -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _explain(entry: object) -> str:
-    assert isinstance(entry, dict)
-    name = str(entry["loc"][0]) if entry["loc"] else ""
-    if not name:
-        return str(entry["msg"])
-    where = f"{_flag(name)} ({ENV_PREFIX}{name.upper()})"
-    if entry["type"] == "missing":
-        return f"{where} is required"
-    return f"{where} = {entry['input']!r}: {entry['msg']}"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _fail(error: Exception) -> int:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from trainer.representation.preprocess import MAX_PIXELS
@@ -407,6 +407,27 @@ class Settings(BaseSettings):
     def resolved_decoder_processes(self) -> int:
         """The number behind `decoder_processes` on this machine."""
         return self.decoder_processes or min(4, usable_cores())
+
+
+def explained(error: ValidationError) -> str:
+    """What is wrong with settings, in one line: each with its flag and its variable."""
+    return "; ".join(_explain(entry) for entry in error.errors())
+
+
+def _explain(entry: object) -> str:
+    assert isinstance(entry, dict)
+    name = str(entry["loc"][0]) if entry["loc"] else ""
+    if not name:
+        return str(entry["msg"])
+    where = f"{flag(name)} ({ENV_PREFIX}{name.upper()})"
+    if entry["type"] == "missing":
+        return f"{where} is required"
+    return f"{where} = {entry['input']!r}: {entry['msg']}"
+
+
+def flag(setting: str) -> str:
+    """Its flag on the command line."""
+    return "--" + setting.replace("_", "-")
 
 
 def from_environment(setting: str) -> str | None:

@@ -4,6 +4,9 @@ In: settings from the environment (INVPROP_STATE, INVPROP_BUNDLE, INVPROP_DATASE
 differ from a service on this host INVPROP_DATABASE and INVPROP_BROKER), and messages that name
 jobs. Out: jobs ended in the database. One job at a time in a child process; this process imports
 neither torch nor faiss. Start several workers for several jobs at a time.
+
+A start with wrong settings, without the database, or that the broker refuses says `error: ...` and
+exits with 1. Once it has begun, it waits for whatever goes away; and for a broker always.
 """
 
 import os
@@ -14,20 +17,22 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 from celery import Celery, signals
 from celery.worker import state as celery_state
+from pydantic import ValidationError
 
 from service.attempt import COMMAND, JobRefused, Limits, attempt, device_of
 from service.dataset_file import RegistryError
 from service.datasets import Registry, UnknownDataset, open_registry
-from service.doorbell import TASK, Doorbell, celery_application
-from service.gallery.protocol import StorageError
+from service.doorbell import TASK, BrokerError, Doorbell, celery_application, refusal
+from service.gallery.database import make_state
+from service.gallery.protocol import GalleryError, StorageError
 from service.jobs import QUEUES, SWEEP_S, Jobs, Lease
 from service.observability import configure_logging
-from service.settings import Settings
+from service.settings import Settings, explained
 from trainer.representation.bundle import BundleError, open_bundle
 
 DIRECTORY = "evaluations"
@@ -77,6 +82,15 @@ class Worker:
                 settings.state, settings.database_url(), lease_s=settings.evaluation_lease_s
             )
         return self._jobs
+
+    def open(self) -> None:
+        """Reach the table.
+
+        Raises:
+            GalleryError: the URL names no database.
+            StorageError: the database cannot be reached, or is damaged.
+        """
+        assert self.jobs is self._jobs
 
     def begin(self, queues: Sequence[str]) -> None:
         """Say that this worker is there, and look after the table beside the work."""
@@ -194,10 +208,28 @@ class Worker:
 
 
 def make(settings: Settings, **options: Any) -> Celery:
-    """The Celery application with a worker behind its task."""
+    """The Celery application with a worker behind its task; makes the state directory.
+
+    Raises:
+        GalleryError: it cannot be made.
+        BrokerError: the broker's URL cannot be used.
+    """
+    make_state(settings.state)
     broker = settings.broker_url()
     application = celery_application(settings.state, broker, limit_s=settings.evaluation_timeout_s)
     worker = Worker(settings, application, **options)
+
+    def prepare(**_: Any) -> None:
+        try:
+            worker.open()
+        except GalleryError as error:
+            _fail(str(error))
+        except StorageError as error:
+            where = "INVPROP_STATE" if settings.database is None else "INVPROP_DATABASE"
+            _fail(f"{error}; {where} says where they are")
+        refused = refusal(application)
+        if refused is not None:
+            _fail(f"{refused}; INVPROP_BROKER has to give user and password")
 
     def begin(sender: Any, **_: Any) -> None:
         worker.begin(list(sender.app.amqp.queues.consume_from))
@@ -208,6 +240,7 @@ def make(settings: Settings, **options: Any) -> Celery:
 
     # Celery's decorators are untyped; signals keep weak references unless told otherwise.
     signals.setup_logging.connect(lambda **_: configure_logging(settings.log_level), weak=False)
+    signals.worker_init.connect(prepare, weak=False)
     signals.worker_ready.connect(begin, weak=False)
     signals.worker_shutdown.connect(lambda **_: worker.end(), weak=False)
     application.task(name=TASK, ignore_result=True)(evaluate)
@@ -217,5 +250,16 @@ def make(settings: Settings, **options: Any) -> Celery:
 def __getattr__(name: str) -> Any:
     """`app`, made when Celery asks for it: settings come from the environment."""
     if name in ("app", "celery"):
-        return make(Settings())  # type: ignore[call-arg]  # the environment gives the rest
+        try:
+            return make(Settings())  # type: ignore[call-arg]  # the environment gives the rest
+        except ValidationError as error:
+            _fail(explained(error))
+        except (GalleryError, BrokerError) as error:
+            _fail(str(error))
     raise AttributeError(name)
+
+
+def _fail(reason: str) -> NoReturn:
+    """End before anything has begun. Celery would put a traceback around an exception."""
+    sys.stderr.write(f"error: {reason}\n")
+    sys.exit(1)

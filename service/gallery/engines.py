@@ -30,7 +30,8 @@ def reported(what: str) -> Iterator[None]:
         yield
     # A damaged file may make SQLite say things that are no text.
     except (sa.exc.DBAPIError, sqlite3.Error, psycopg.Error, UnicodeDecodeError) as error:
-        cause = str(getattr(error, "orig", error)).strip().replace("\n", "; ")
+        said = str(getattr(error, "orig", error)).strip()
+        cause = "; ".join(line.strip() for line in said.splitlines())
         full = "full" in cause or "No space left" in cause
         raise StorageError(f"{what}: {cause}", full=full) from error
     except sa.exc.TimeoutError as error:  # every connection of the pool is taken

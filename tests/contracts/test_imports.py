@@ -48,6 +48,7 @@ ROOMS = {
             "psycopg pyarrow sklearn umap"
         ),
     ),
+    "service/doorbell.py": Room(("service",), names("celery kombu amqp redis structlog")),
     "service/gallery/milvus.py": Room(
         ("service", "trainer.representation"), names("pymilvus numpy")
     ),

@@ -112,9 +112,13 @@ def _database(report: Report, folder: Path) -> None:
             path.chmod(0o644)
         other.environment["INVPROP_SECRETS"] = str(where)
         other.environment["COMPOSE_FILE"] += f":{overlay_file(folder / 'given.yaml', GIVEN)}"
-        for service in ("service", "worker-cpu"):  # the second says it and goes on trying
+        for service in ("service", "worker-cpu"):
             said = _said(other, service)
             line_of(report, f"wrong password, {service}", said, "password authentication failed")
+        (where / "database-url").write_text(url)
+        (where / "broker-url").write_text("redis://:another@redis:6379/0")
+        said = _said(other, "worker-cpu")
+        line_of(report, "wrong password of Redis, worker-cpu", said, "does not let the worker in")
         # The volume of another version.
         other.compose("stop", "postgres")
         change = ("--entrypoint", "sh", "postgres", "-c", "echo 14 > $PGDATA/PG_VERSION")

