@@ -12,6 +12,7 @@ trainer/README.md. Exit code 0; 2 for what the caller can put right; 1 for a run
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,7 @@ from trainer.representation.artifact import ArtifactError
 SUCCEEDED, FAILED, WRONG_USE = 0, 1, 2
 SIGNALLED = 128  # plus the number of the signal, as shells count
 INTERRUPTED, TERMINATED = 130, 143
+FIRST_ENDS_WITHIN_S = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as error:
         return _fail(str(error), WRONG_USE, prefix)
     except FirstRankFailed:
+        # Who ends first gives torchrun the exit code: that is to be the one who says why.
+        time.sleep(FIRST_ENDS_WITHIN_S)
         return FAILED
     except TrainingFailed as error:  # all ranks together
         return FAILED if prefix else _fail(str(error), FAILED)

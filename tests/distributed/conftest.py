@@ -1,13 +1,14 @@
 """Real processes on this host, started as torchrun starts them."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def start_for_module() -> Iterator[Callable[..., Process]]:
         yield begin
 
 
-@contextmanager
+@contextlib.contextmanager
 def _starting() -> Iterator[Callable[..., Process]]:
     """Start `python WORDS` from the root of the repository; what still runs at the end is killed.
 
@@ -63,7 +64,10 @@ def _starting() -> Iterator[Callable[..., Process]]:
     yield begin
     for process in started:
         if process.poll() is None:
-            process.kill()
+            # With the ranks that torchrun has started: they outlive it, and hold the pipe.
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
         process.communicate()
 
 

@@ -131,6 +131,48 @@ def test_killed_rank__without_restarts_ends_the_job(
     assert time.monotonic() - began < GRACE_S
 
 
+CONTAINERS_TRAIN = str(Path(__file__).parents[2] / "deploy" / "containers" / "train")
+
+
+@pytest.fixture
+def in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INVPROP_TRAIN_PROCESSES", "2")
+
+
+@pytest.mark.usefixtures("in_two")
+def test_containers_train__ends_as_the_trainer_ends(
+    images: Path, tmp_path: Path, start: Start
+) -> None:
+    def train(run: str, epochs: str) -> Any:
+        words = _words(images, tmp_path / run, *TINY, f"epochs={epochs}")
+        return start([CONTAINERS_TRAIN, *words[2:]])
+
+    wrong, stopped = train("wrong", "none"), train("stopped", "100000")
+    said, _ = wrong.communicate(timeout=GRACE_S)
+    assert wrong.returncode == 2
+    assert "error: recipe digits: epochs='none'" in said
+    assert "Traceback" not in said
+    _until(stopped, "epoch 2/")
+    stopped.terminate()
+    said, _ = stopped.communicate(timeout=GRACE_S)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "Go on with --resume" in said
+    assert "Traceback" not in said
+    done = train("done", "1")
+    said, _ = done.communicate(timeout=60)
+    assert done.returncode == 0, said
+
+
+def test_containers_train__wants_a_number_of_processes(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVPROP_TRAIN_PROCESSES", "all")
+    process = start([CONTAINERS_TRAIN])
+    said, _ = process.communicate(timeout=GRACE_S)
+    assert process.returncode == 2
+    assert "error: INVPROP_TRAIN_PROCESSES=all: wanted a number" in said
+
+
 @pytest.mark.parametrize("whom", ["launcher", "rank 1"])
 def test_signal__stops_all_ranks_at_the_same_step(
     images: Path, tmp_path: Path, start: Start, whom: str
