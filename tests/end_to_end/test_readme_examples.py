@@ -1,5 +1,6 @@
 """The examples of README.md and client/README.md, run as they stand against a real service."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -8,7 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from client import Client
 
 ROOT = Path(__file__).parents[2]
 URL = "http://127.0.0.1:8000"
@@ -73,6 +79,18 @@ def test_python__runs(url: str, clone: Path, block: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.usefixtures("clone")
+def test_first_look__gives_the_digits_their_pictures_and_adds_no_item(url: str) -> None:
+    digits = load_digits().images * (255 / 16)
+    with Client(url) as service:
+        ids = {item.id for item in service.items()} & {f"{n:04d}" for n in range(len(digits))}
+        assert len(ids) == 1347  # those that were trained on
+        for item_id in sorted(ids)[::100]:
+            with Image.open(io.BytesIO(service.image(item_id))) as picture:
+                shown = np.asarray(picture.convert("L").resize((8, 8)), np.float64)
+            assert np.abs(digits - shown).mean((1, 2)).argmin() == int(item_id)
 
 
 def test_curl__answers(url: str, clone: Path) -> None:
