@@ -11,7 +11,8 @@ LONG = [pytest.mark.long, pytest.mark.timeout(1200)]
 @pytest.mark.parametrize(
     ("broker", "jobs", "pause_s"),
     [
-        ("filesystem", 20, 0),
+        # A minute alone, half as long again beside other work.
+        pytest.param("filesystem", 20, 0, marks=pytest.mark.timeout(400)),
         pytest.param("filesystem", 500, 0, marks=LONG),
         pytest.param("redis", 500, 60, marks=LONG),
         pytest.param("amqp", 500, 60, marks=LONG),

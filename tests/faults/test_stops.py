@@ -41,7 +41,7 @@ LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("signal", "processes", "rounds"),
     [
-        ("TERM", 1, 3),
+        pytest.param("TERM", 1, 3, marks=pytest.mark.timeout(400)),
         pytest.param("TERM", 1, 50, marks=LONG),
         pytest.param("TERM", 2, 50, marks=LONG),
         pytest.param("KILL", 1, 20, marks=LONG),

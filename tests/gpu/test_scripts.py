@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from client.models import Info
 from tests.gpu.serve import Answers, compared
@@ -43,6 +44,7 @@ def test_bench_trainer__runs_at_toy_size(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 for row in rows if "ms" in row)
 
 
+@pytest.mark.timeout(400)
 def test_serve__runs_at_toy_size(tmp_path: Path) -> None:
     rows = run("serve.py", tmp_path, "--execution-provider", "cpu")["rows"]
     assert all(row["met"] for row in rows[:3])
