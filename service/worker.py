@@ -47,7 +47,9 @@ class Worker:
     """What one worker process holds.
 
     Args:
-        clock: monotonic seconds.
+        command: what evaluates, in a child process.
+        stuck_s: how long jobs may wait while this worker is idle before it ends, to begin anew.
+        sweep_s: how often it looks after the table, at most.
     """
 
     def __init__(
@@ -77,10 +79,8 @@ class Worker:
     def jobs(self) -> Jobs:
         """The table; opened at the first use, in the process that uses it."""
         if self._jobs is None:
-            settings = self._settings
-            self._jobs = Jobs(
-                settings.state, settings.database_url(), lease_s=settings.evaluation_lease_s
-            )
+            self.open()
+        assert self._jobs is not None
         return self._jobs
 
     def open(self) -> None:
@@ -90,7 +90,10 @@ class Worker:
             GalleryError: the URL names no database.
             StorageError: the database cannot be reached, or is damaged.
         """
-        assert self.jobs is self._jobs
+        settings = self._settings
+        self._jobs = Jobs(
+            settings.state, settings.database_url(), lease_s=settings.evaluation_lease_s
+        )
 
     def begin(self, queues: Sequence[str]) -> None:
         """Say that this worker is there, and look after the table beside the work."""
