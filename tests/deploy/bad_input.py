@@ -58,7 +58,7 @@ def _secrets(report: Report, folder: Path) -> None:
         ("secret missing, service", empty, "service", "missing, empty or not readable"),
         ("secret missing, worker", empty, "worker-cpu", "missing, empty or not readable"),
         ("secret missing, postgres", empty, "postgres", "run the service `secrets`"),
-        ("secret missing, redis", empty, "redis", "redis.conf"),
+        ("secret missing, redis", empty, "redis", "run the service `secrets`"),
     ):
         with other_stack(INVPROP_SECRETS=str(where)) as other:
             line_of(report, what, _said(other, service), wanted)

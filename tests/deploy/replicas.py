@@ -11,9 +11,15 @@ from stack import Broken, Report, Stack
 CORES_WANTED = 4  # two replicas at full rate, the proxy and the caller
 
 
+# Sockets in TIME_WAIT, of IPv4.
+LEFT_BEHIND = "grep -c ' 06 ' /proc/net/tcp || true"
+SUSTAINED_S = 60  # as long as the kernel keeps a port that was used
+
+
 def replicas(stack: Stack, report: Report) -> None:
     """One and two replicas on one log: throughput, reading what was written, the loss of one."""
     item = stack.first_id()
+    _connections(stack, report, item)
     rates: dict[int, list[float]] = {1: [], 2: []}
     spent: dict[int, dict[str, float]] = {1: {}, 2: {}}
     for _ in range(2):
@@ -114,3 +120,15 @@ def _staleness_s(stack: Stack, index: int) -> float:
     where = ("exec", "-T", "--index", str(index), "service", "python", "-c", script)
     (said,) = re.findall(r"^invprop_gallery_staleness_seconds (\S+)$", stack.compose(*where), re.M)
     return float(said)
+
+
+def _connections(stack: Stack, report: Report, item: str) -> None:
+    """The proxy keeps its connections: one for each request would use up its ports."""
+    done, failed, _ = searches(stack.port, item, seconds=SUSTAINED_S, threads=8)
+    left = int(stack.inside("proxy", LEFT_BEHIND))
+    report.add(
+        f"{SUSTAINED_S} s of searches: failed; connections the proxy left behind",
+        f"{failed} of {done + failed}; {left}",
+        "none; fewer than one for 20 searches",
+        not failed and left < done / 20,
+    )

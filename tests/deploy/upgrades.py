@@ -139,9 +139,10 @@ def own_images(stack: Stack, report: Report, folder: Path) -> None:
 def _stopped(stack: Stack, report: Report, mount: tuple[str, str], train: tuple[str, ...]) -> None:
     """A training that is stopped saves first, says where, and can go on."""
     name = f"{stack.project}-stopped"
-    long = ("epochs=100000", "--output", "/bundles/stopped")
-    for resume in ((), ("--resume",)):
-        stack.compose("run", "--detach", "--name", name, *mount, "train", *train, *long, *resume)
+    for processes, resume in (("1", ()), ("1", ("--resume",)), ("2", ())):
+        options = ("--detach", "--name", name, "--env", f"INVPROP_TRAIN_PROCESSES={processes}")
+        long = ("epochs=100000", "--output", f"/bundles/stopped-{processes}", *resume)
+        stack.compose("run", *options, *mount, "train", *train, *long)
         began = time.monotonic()
         while "epoch 1" not in stack.run("docker", "logs", name):  # or 10, or 1234
             if time.monotonic() - began > 120:
@@ -152,7 +153,7 @@ def _stopped(stack: Stack, report: Report, mount: tuple[str, str], train: tuple[
         code = stack.run("docker", "inspect", "--format", "{{.State.ExitCode}}", name).strip()
         stack.run("docker", "rm", name)
         report.add(
-            f"train{' --resume' if resume else ''}, stopped",
+            f"train{' --resume' if resume else ''}, stopped, processes: {processes}",
             f"exit code {code}: {said}",
             "143, the state is saved",
             code == "143" and said.startswith("stopped; the state is in"),
