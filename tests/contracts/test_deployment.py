@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -114,6 +115,14 @@ def test_secrets__have_no_default(services: dict[str, dict[str, Any]]) -> None:
     text = COMPOSE.read_text() + (ROOT / ".env.example").read_text()
     assert not re.search(r"PASSWORD: |requirepass|://\w+:\w+@", text)
     assert services["postgres"]["environment"]["POSTGRES_PASSWORD_FILE"].startswith("/run/")
+
+
+def test_proxy__gives_up_idle_connections_before_the_service_does() -> None:
+    """Else a request is sent on one that is being closed, and a POST is not sent twice."""
+    text = (ROOT / "deploy" / "nginx" / "nginx.conf").read_text()
+    (upstream,) = re.findall(r"upstream replicas \{(.*?)\n    \}", text, re.S)
+    (kept_s,) = re.findall(r"keepalive_timeout (\d+)s", upstream)
+    assert int(kept_s) + 1 < uvicorn.Config(app="").timeout_keep_alive
 
 
 OVERLAYS = sorted((ROOT / "deploy").glob("compose.*.yaml"))
