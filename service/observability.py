@@ -349,6 +349,8 @@ class ObserveRequests:
         if code is not None:
             self._metrics.problems.labels(code).inc()
         level = logging.WARNING if status >= 500 or status == 0 else logging.INFO
+        if route in PROBES and status < 400:  # all is well, once a second and more
+            level = logging.DEBUG
         _log.log(
             level,
             "request",
@@ -361,4 +363,5 @@ class ObserveRequests:
         )
 
 
+PROBES = {"/livez", "/readyz"}
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

@@ -308,7 +308,9 @@ class Settings(BaseSettings):
         "embed the gallery again.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Which log lines are written; `info` has one for each request."
+        default="info",
+        description="Which log lines are written; `info` has one for each request, but for a "
+        "/livez or /readyz that is well.",
     )
     idempotency_ttl_s: float = Field(
         default=86_400.0, gt=0, description="How long an Idempotency-Key and its answer are kept."

@@ -44,6 +44,7 @@ IN_CONTAINERS = (
     "deploy/service.Dockerfile",
     "deploy/trainer.Dockerfile",
     "deploy/nginx/nginx.conf",
+    "deploy/nginx/start",
 )
 LARGEST_BYTES = 1_000_000  # data sets and weights do not belong here
 

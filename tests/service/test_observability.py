@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message
+from structlog.testing import capture_logs
 
 from service.observability import Metrics, ObserveRequests, watch_event_loop
 
@@ -130,3 +131,13 @@ def test_log__has_one_line_for_each_request(capsys: pytest.CaptureFixture[str]) 
     assert json.dumps([m["type"] for m in sent]) == (
         '["http.response.start", "http.response.body"]'
     )
+
+
+def test_log__has_probes_that_are_well_for_debugging_only(service: Any) -> None:
+    with capture_logs() as logs:
+        assert service.client.get("/readyz").is_success
+        assert service.client.get("/info").is_success
+        service.client.app.state.runtime.draining = True
+        assert service.client.get("/readyz").status_code == 503
+    levels = [line["log_level"] for line in logs if line["event"] == "request"]
+    assert levels == ["debug", "info", "warning"]
