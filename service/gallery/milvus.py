@@ -24,6 +24,16 @@ MAX_TERMS = 4096  # Milvus' bound on an array; 16 KiB of metadata hold 2,730 fie
 _BLOCK_BYTES, _BLOCK_ROWS = 32 * 2**20, 2000
 _STRONG = "Strong"
 
+GRPC_OPTIONS: Mapping[str, Any] = {
+    # Servers with gRPC's own limits end the connection of whoever pings while idle.
+    "grpc.keepalive_permit_without_calls": False,
+    # A server that is back is found again soon. By default an attempt made while its machine or
+    # container is not there may wait for 20 s, and the next one begins up to two minutes later.
+    "grpc.initial_reconnect_backoff_ms": 500,
+    "grpc.min_reconnect_backoff_ms": 2000,  # for an attempt to connect, too
+    "grpc.max_reconnect_backoff_ms": 4000,
+}
+
 # Index -> Milvus' type, its build parameters, its search parameters for the k nearest.
 _TYPES: Mapping[Index, tuple[str, Mapping[str, Any]]] = {
     "flat": ("FLAT", {}),
@@ -60,8 +70,7 @@ class Store:
                 password=self.place.password,
                 timeout=timeout_s,
                 dedicated=True,  # closed with us, and nobody else's
-                # Servers with gRPC's own limits end the connection of whoever pings while idle.
-                grpc_options={"grpc.keepalive_permit_without_calls": False},
+                grpc_options=dict(GRPC_OPTIONS),
             )
             self.version = f"milvus {self._client.get_server_version()}"
 

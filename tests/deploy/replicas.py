@@ -4,6 +4,7 @@ import os
 import re
 import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 from load import Writers, searches
 from stack import Broken, Report, Stack
@@ -93,6 +94,7 @@ def replicas(stack: Stack, report: Report) -> None:
             "no item lost, no GET failed",
             not lost and (how == "post" or not failed),
         )
+    _stopped_one(stack, report, item)
     stack.up("--scale", "service=1")
 
 
@@ -131,4 +133,26 @@ def _connections(stack: Stack, report: Report, item: str) -> None:
         f"{failed} of {done + failed}; {left}",
         "none; fewer than one for 20 searches",
         not failed and left < done / 20,
+    )
+
+
+def _stopped_one(stack: Stack, report: Report, item: str) -> None:
+    """One of two replicas is stopped and started as by an operator: nobody notices."""
+    stack.up("--scale", "service=2")
+    name = f"{stack.project}-service-2"
+
+    def stop_and_start() -> None:
+        time.sleep(3)
+        stack.run("docker", "stop", name)
+        stack.run("docker", "start", name)
+
+    with ThreadPoolExecutor(1) as beside:
+        done_with_it = beside.submit(stop_and_start)
+        done, failed, _ = searches(stack.port, item, seconds=30, threads=4)
+        done_with_it.result()
+    report.add(
+        "one of two replicas stopped and started again: POSTs that failed",
+        f"{failed} of {done + failed}",
+        "0",
+        not failed,
     )
