@@ -60,7 +60,7 @@ def prove(folder: Path, stops: int, seed: int) -> Counter[str]:
         for n in range(WRITERS)
     ]
     for _ in range(stops):
-        served = Served(bundle, state, log=folder / "log", drain_delay_s=DRAIN_S)
+        served = Served(bundle, state, log=folder / "log", drain_delay_s=DRAIN_S, log_level="debug")
         try:
             served.start()
             answers = _check(served, writers, bundled)
