@@ -8,7 +8,6 @@ counted. Unmeasured on a GPU.
 """
 
 import io
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from trainer.datasets import ImageSource, Picture, changed_meanwhile
 from trainer.datasets.source import MAX_ASPECT
 from trainer.decoding import reduced_or_changed
 from trainer.representation.preprocess import ImageRejected
+from trainer.representation.quiet import without_warnings
 
 # Encoded JPEGs to pixels (3, h, w) on a device, all or an error.
 Decode = Callable[[list[Tensor]], list[Tensor]]
@@ -65,9 +65,8 @@ def nvjpeg(device: torch.device) -> Decode:
     """
 
     def decode(encoded: list[Tensor]) -> list[Tensor]:
-        with warnings.catch_warnings():
-            # torchvision 0.29 announces that a package of its own will take its place.
-            warnings.simplefilter("ignore")
+        # torchvision 0.29 announces that a package of its own will take its place.
+        with without_warnings():
             made = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
         assert isinstance(made, list)
         return made

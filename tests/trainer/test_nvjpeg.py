@@ -3,7 +3,6 @@
 Run: pytest tests/trainer/test_nvjpeg.py
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from trainer import nvjpeg as module
 from trainer.config import load_recipe
 from trainer.datasets import DataError, open_source
 from trainer.decoding import DecodePool, Survey, survey
+from trainer.representation.quiet import without_warnings
 from trainer.request import UnavailableError, resolve_decoder
 from trainer.stock import CropStock
 
@@ -25,8 +25,7 @@ GREY_LEVELS = 10
 
 
 def _decode(encoded: list[Tensor]) -> list[Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         return [decode_jpeg(each, mode=ImageReadMode.RGB) for each in encoded]
 
 

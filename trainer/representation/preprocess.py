@@ -8,7 +8,6 @@ are not here: they are inside the exported graph.
 
 import dataclasses
 import io
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.representation.image_headers import refusal
+from trainer.representation.quiet import without_warnings
 
 # Formats that may come from strangers. The trainer adds some for folders that are one's own.
 SERVED_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -176,8 +176,7 @@ def decode(
         raise ImageRejected("the file is empty (0 bytes)")
     # Pillow warns of large and of odd files; the limits here are our own, and oddness that does
     # not stop the decoder does not matter.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         try:
             return _decode(content, formats, max_pixels, least_side_px, most_bytes)
         except ImageRejected:
