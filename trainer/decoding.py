@@ -2,26 +2,15 @@
 
 In: an `ImageSource`. Out: the usable images, those that are skipped with their reason, and the
 pixels from which training crops are taken, while they fit in memory (`trainer.stock` decodes the
-others anew). Decoding runs in spawned processes; order never depends on them. A picture that kills
-or hangs its decoder costs itself alone. No torch at import: the decoding processes import this.
+others anew). A picture that kills or hangs its decoder costs itself alone. No torch at import: the
+decoding processes import this.
 """
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from types import TracebackType
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,133 +25,13 @@ from trainer.datasets import (
     prepared_picture,
     reduced_picture,
 )
+from trainer.decode_pool import PICTURE_LIMIT_S, DecodePool, limited
+from trainer.examination import Chunk, Examiner, examine
 from trainer.representation.preprocess import ImageRejected, InputContract
 from trainer.shared_block import BlockName, attach
 
 EXAMINED_TOGETHER = 16  # files in one message to a process: some MB of pixels come back
-MAX_WORKERS = 16  # what "auto" takes at most: a disk rarely feeds more
-PICTURE_LIMIT_S = 60  # a picture that takes longer is given up: real ones take tens of milliseconds
 NAMED_IN_ERRORS = 5  # skipped files that an error message names
-
-_is_decoding_process = False  # set once, when such a process begins
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class DecodePool:
-    """Spawned processes that decode; with `workers` = 0 everything happens in this one.
-
-    Never forked: a fork after torch has started its threads may hang. And no future is ever
-    cancelled: where a process dies before a cancelled one was dropped, CPython 3.11 fails to tell
-    the others (python/cpython#107219), and who waits for them waits for ever.
-    """
-
-    def __init__(self, workers: int | Literal["auto"]) -> None:
-        self.workers = _available_cores() if workers == "auto" else workers
-        self._executor = self._start() if self.workers > 0 else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def submit(self, function: Callable[[Item], Result], item: Item) -> "Future[Result]":
-        """Begin function(item); `function` must be importable by name. Without workers: do it."""
-        if self._executor is not None:
-            return self._executor.submit(function, item)
-        done: Future[Result] = Future()
-        done.set_result(function(item))
-        return done
-
-    def stream(
-        self,
-        function: Callable[[Item], Result],
-        items: Iterable[Item],
-        *,
-        rescue: Callable[[Item], Result] | None = None,
-    ) -> Iterator[Result]:
-        """Yield function(item) in the order of `items`, some of them computed ahead.
-
-        Args:
-            function: importable by name.
-            rescue: called in this process for each item that was lost when a process died.
-
-        Raises:
-            DataError: a process died and there is no `rescue`.
-        """
-        if self._executor is None:
-            yield from map(function, items)
-            return
-        waiting: deque[tuple[Item, Future[Result], ProcessPoolExecutor]] = deque()
-
-        def begin(item: Item) -> None:
-            assert self._executor is not None
-            with named_death():
-                try:
-                    begun = self._executor.submit(function, item)
-                except BrokenProcessPool:
-                    if rescue is None:
-                        raise
-                    self._restart()
-                    begun = self._executor.submit(function, item)
-            waiting.append((item, begun, self._executor))
-
-        def first() -> Result:
-            item, future, executor = waiting.popleft()
-            with named_death():
-                try:
-                    return future.result()
-                except BrokenProcessPool:
-                    if rescue is None:
-                        raise
-            if executor is self._executor:  # else it was replaced already
-                self._restart()
-            return rescue(item)
-
-        for item in items:
-            begin(item)
-            if len(waiting) > 2 * self.workers:
-                yield first()
-        while waiting:
-            yield first()
-
-    def _restart(self) -> None:
-        """Replace the executor, which refuses work once one of its processes has died."""
-        assert self._executor is not None
-        self._executor.shutdown(wait=True)
-        self._executor = self._start()
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_live_and_die_with_the_parent,
-        )
-
-
-@contextmanager
-def named_death() -> Iterator[None]:
-    """Say what the death of a decoding process may mean.
-
-    Raises:
-        DataError: instead of BrokenProcessPool.
-    """
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a decoding process died: the machine was short of memory, or an image that could be "
-            f"decoded when the run began hung for {PICTURE_LIMIT_S} s or brought its decoder down. "
-            "Go on with --resume, with fewer data.workers if memory is short"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -216,14 +85,14 @@ def survey(
     stored: list[NDArray[np.uint8]] | None = [] if holds else None
     stored_bytes = index = 0
 
-    def chunks() -> Iterator[_Chunk]:
+    def chunks() -> Iterator[Chunk]:
         for first in range(0, len(source), EXAMINED_TOGETHER):
             pictures = source.pictures[first : first + EXAMINED_TOGETHER]
             # Once they do not fit, pixels need not come back from the processes.
-            yield _Chunk(tuple(pictures), size_px, stored is not None, PICTURE_LIMIT_S)
+            yield Chunk(tuple(pictures), size_px, stored is not None, PICTURE_LIMIT_S)
 
-    with _Examiner() as alone:
-        for results in pool.stream(_examine, chunks(), rescue=alone.examine):
+    with Examiner() as alone:
+        for results in pool.stream(examine, chunks(), rescue=alone.examine):
             for result in results:
                 if isinstance(result, str):
                     skipped.append(Skipped(source.ids[index], result))
@@ -276,7 +145,7 @@ def reduced_or_changed(
         DataError: it is damaged or of another size since.
     """
     try:
-        with _limited(PICTURE_LIMIT_S):
+        with limited(PICTURE_LIMIT_S):
             image = reduced_picture(picture, size_px)
     except (ImageRejected, OSError) as error:
         raise changed_meanwhile(name, error) from error
@@ -314,10 +183,10 @@ def prepared_or_reasons(
         tuple(source.pictures[first : first + EXAMINED_TOGETHER])
         for first in range(0, len(source), EXAMINED_TOGETHER)
     )
-    with _Examiner() as alone:
+    with Examiner() as alone:
 
         def rescue(pictures: tuple[Picture, ...]) -> list[NDArray[np.uint8] | str]:
-            found = alone.examine(_Chunk(pictures, contract.size_px, False, PICTURE_LIMIT_S))
+            found = alone.examine(Chunk(pictures, contract.size_px, False, PICTURE_LIMIT_S))
             return [
                 finding if isinstance(finding, str) else function((picture,))[0]
                 for picture, finding in zip(pictures, found, strict=True)
@@ -342,127 +211,13 @@ def _prepare_or_say(
             if isinstance(picture, np.ndarray) and picture.shape == whole:
                 found.append(picture)  # what resizing it to its own size would give
                 continue
-            with _limited(PICTURE_LIMIT_S):
+            with limited(PICTURE_LIMIT_S):
                 found.append(prepared_picture(picture, contract))
         except ImageRejected as error:
             found.append(str(error))
         except OSError as error:
             found.append(f"the file cannot be opened: {error.strerror or error}")
     return found
-
-
-class _Chunk(NamedTuple):
-    """Pictures to examine together."""
-
-    pictures: tuple[Picture, ...]
-    size_px: int
-    wants_pixels: bool
-    limit_s: float  # for each
-
-
-# Height, width and, where wanted, the reduced picture; or why it cannot be used.
-_Finding = tuple[tuple[int, int], NDArray[np.uint8] | None] | str
-
-
-def _examine(chunk: _Chunk) -> list[_Finding]:
-    return [_examine_one(picture, chunk) for picture in chunk.pictures]
-
-
-def _examine_one(picture: Picture, chunk: _Chunk) -> _Finding:
-    try:
-        with _limited(chunk.limit_s):
-            image = reduced_picture(picture, chunk.size_px)
-    except ImageRejected as error:
-        return str(error)
-    except OSError as error:
-        return f"the file cannot be opened: {error.strerror or error}"
-    return (image.shape[0], image.shape[1]), image if chunk.wants_pixels else None
-
-
-class _Examiner:
-    """One process that examines picture by picture, so that its death names the culprit."""
-
-    def __init__(self) -> None:
-        self._process: SpawnProcess | None = None
-        self._connection: Connection | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._gone()
-
-    def examine(self, chunk: _Chunk) -> list[_Finding]:
-        """As `_examine`, with a reason for those on which the process died."""
-        return [self._examine_one(chunk._replace(pictures=(one,))) for one in chunk.pictures]
-
-    def _examine_one(self, chunk: _Chunk) -> _Finding:
-        connection = self._connection or self._start()
-        try:
-            connection.send(chunk)
-            finding: _Finding = connection.recv()
-        except (EOFError, ConnectionError):
-            return _death(self._gone(), chunk.limit_s)
-        return finding
-
-    def _start(self) -> Connection:
-        spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_examine_alone, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()  # so that its end is seen when the process dies
-        try:
-            self._connection.recv()
-        except EOFError as error:
-            raise DataError(
-                f"a decoding process does not start (exit code {self._gone()}): the machine may be "
-                "short of memory; try fewer data.workers"
-            ) from error
-        return self._connection
-
-    def _gone(self) -> int | None:
-        assert self._process is not None
-        assert self._connection is not None
-        self._connection.close()
-        self._process.join()
-        code = self._process.exitcode
-        self._process = self._connection = None
-        return code
-
-
-def _examine_alone(connection: Connection) -> None:
-    _live_and_die_with_the_parent()
-    connection.send("ready")
-    while True:
-        connection.send(_examine(connection.recv())[0])
-
-
-def _death(code: int | None, limit_s: float) -> str:
-    if code == -signal.SIGALRM:
-        return f"its decoder took more than {limit_s:g} s"
-    if code is not None and code < 0:
-        return f"its decoder process died ({signal.Signals(-code).name})"
-    return f"its decoder process died (exit code {code})"
-
-
-@contextmanager
-def _limited(limit_s: float) -> Iterator[None]:
-    """Let the kernel kill this process, if it is a decoding one, after so long."""
-    if not _is_decoding_process:
-        yield
-        return
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _prepare(part: ImageSource, contract: InputContract) -> NDArray[np.uint8]:
@@ -478,24 +233,3 @@ def _check_skipped(skipped: Sequence[Skipped], found: int, allowed: float) -> No
         f"{len(skipped)} of {found} images cannot be used, more than the {allowed:.0%} that "
         f"data.max_skipped allows: {named}{more}. Repair or remove them, or raise data.max_skipped"
     )
-
-
-def _available_cores() -> int:
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-
-
-def _live_and_die_with_the_parent() -> None:
-    """Out of reach of signals to the run's process group (torchrun's SIGTERM, Ctrl-C)."""
-    global _is_decoding_process
-    _is_decoding_process = True
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgid(0, 0)
-    threading.Thread(target=_follow_the_parent, daemon=True).start()
-
-
-def _follow_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # only spawned processes come here
-    parent.join()
-    os._exit(1)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trainer.config import MonitorConfig
 from trainer.datasets import ImageSource
-from trainer.decoding import DecodePool, prepare_all
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepare_all
 from trainer.distributed import ALONE, Ranks
 from trainer.encoder import Encoder, embed_images
 from trainer.representation.preprocess import InputContract

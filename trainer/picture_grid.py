@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.datasets import ImageSource
-from trainer.decoding import DecodePool, prepare_all
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepare_all
 from trainer.representation.preprocess import InputContract
 
 # 195 of them at most, of noise 9 kB each: 2.4 MB as text; of photos 3 kB.

@@ -18,7 +18,8 @@ from trainer.bank_memory import check_bank_fits
 from trainer.checkpoint import Checkpoint, TrainingState, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import DataError, ImageSource, open_source, split
-from trainer.decoding import MAX_WORKERS, DecodePool, Survey, survey
+from trainer.decode_pool import MAX_WORKERS, DecodePool
+from trainer.decoding import Survey, survey
 from trainer.distributed import ALONE, Ranks
 from trainer.encoder import build_encoder
 from trainer.export import export_bundle

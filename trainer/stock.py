@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from trainer.augment import Collated
 from trainer.datasets import DataError, ImageSource
-from trainer.decoding import DecodePool, Part, fill, named_death
+from trainer.decode_pool import DecodePool, named_death
+from trainer.decoding import Part, fill
 from trainer.nvjpeg import Decode, DeviceDecoder
 from trainer.progress import say
 from trainer.shared_block import BlockName, NoMemoryError, SharedBlock

@@ -16,7 +16,7 @@ import yaml
 from trainer.charts import Line, histogram_chart, legend, line_chart, number_text
 from trainer.config import Recipe
 from trainer.datasets import ImageSource
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.html_page import html_page
 from trainer.inspection import BINS
 from trainer.picture_grid import Pictures, grid, thumbnails

@@ -15,7 +15,8 @@ from torch import Tensor
 from trainer.checkpoint import TrainingState
 from trainer.config import EncoderConfig
 from trainer.datasets import ImageSource
-from trainer.decoding import DecodePool, prepare_all
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepare_all
 from trainer.distributed import Ranks
 from trainer.encoder import Encoder, build_encoder, embed_images
 from trainer.representation.bundle import WEIGHTS, Bundle, BundleError, open_bundle

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainer.config import EncoderConfig
 from trainer.datasets.arrays import from_images
-from trainer.decoding import DecodePool, prepared_or_reasons
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepared_or_reasons
 from trainer.encoder import build_encoder, pixels_from_uint8
 from trainer.evaluation.features import EMBEDDED_TOGETHER, embed_all
 from trainer.evaluation.layers import encode_with

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from trainer.augment import collate
 from trainer.config import load_recipe
 from trainer.datasets import ImageSource, open_source, reduced_picture
-from trainer.decoding import DecodePool, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import survey
 from trainer.stock import CropStock
 
 SIZE_PX = 224

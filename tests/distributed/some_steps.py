@@ -24,7 +24,8 @@ from trainer import step as module
 from trainer.checkpoint import newest_checkpoint
 from trainer.config import load_recipe
 from trainer.datasets import open_source
-from trainer.decoding import DecodePool, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import survey
 from trainer.distributed import open_ranks
 from trainer.fingerprints import digest_of_part
 from trainer.interruption import Interrupted

@@ -44,7 +44,7 @@ from trainer import step as step_module
 from trainer.augment import apply_views
 from trainer.capture import CapturedStep, CudaGraphs, Graphs
 from trainer.config import Recipe, load_recipe
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.distributed import ALONE
 from trainer.encoder import PIXEL_MEAN, PIXEL_STD, build_encoder
 from trainer.feed import Batch, Feed

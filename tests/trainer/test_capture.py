@@ -17,7 +17,7 @@ from trainer import step as module
 from trainer.augment import apply_views
 from trainer.capture import WARM_UPS, CapturedStep
 from trainer.config import Recipe
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.distributed import ALONE
 from trainer.feed import Batch, Feed
 from trainer.schedule import Position, epoch_batches

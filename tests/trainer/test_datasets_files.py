@@ -10,7 +10,8 @@ from PIL import Image
 
 from trainer.config import load_recipe
 from trainer.datasets import DataError, open_source
-from trainer.decoding import DecodePool, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import survey
 
 
 def _save(*paths: Path) -> None:

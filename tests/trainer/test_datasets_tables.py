@@ -17,7 +17,8 @@ from pyarrow import parquet
 
 from trainer.config import DataConfig, load_recipe
 from trainer.datasets import DataError, open_source
-from trainer.decoding import DecodePool, prepare_all, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepare_all, survey
 from trainer.representation.preprocess import InputContract, prepare
 from trainer.stock import CropStock
 

@@ -1,4 +1,4 @@
-"""The processes that decode, and the first pass over all images.
+"""The first pass over all images.
 
 Run: pytest tests/trainer/test_decoding.py
 """
@@ -6,9 +6,7 @@ Run: pytest tests/trainer/test_decoding.py
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from PIL import Image
 from trainer import decoding
 from trainer.config import DataConfig, load_recipe
 from trainer.datasets import DataError, open_source
-from trainer.decoding import DecodePool, prepare_all, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepare_all, survey
 from trainer.representation.preprocess import InputContract
 
 
@@ -169,51 +168,3 @@ def test_survey__past_the_limit_keeps_sizes_only(pictures: Callable[..., Path]) 
         past = survey(source, pool, _config(resident_limit_bytes=2000), size_px=8)
     assert past.stored is None
     assert (past.sizes == held.sizes).all()
-
-
-def _die(item: int) -> int:
-    os._exit(item)
-
-
-def test_pool__whose_process_dies() -> None:
-    with DecodePool(1) as pool, pytest.raises(DataError, match="decoding process died"):
-        list(pool.stream(_die, [3]))
-
-
-def _die_at_zero(item: int) -> int:
-    if item == 0:
-        os._exit(3)
-    return item
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("first", range(8))
-def test_pool__whose_process_dies_goes_on_wherever_in_the_queue_it_was(first: int) -> None:
-    items = [*range(-first, 0), 0, *range(1, 20)]
-    with DecodePool(2) as pool:
-        answers = list(pool.stream(_die_at_zero, items, rescue=lambda item: item + 100))
-    assert [a if a < 50 else a - 100 for a in answers] == items
-    assert answers[first] == 100
-
-
-@pytest.mark.timeout(60)
-def test_pool__whose_process_dies_after_its_stream_was_left_tells_who_waits() -> None:
-    others: list[Future[int]] = []
-
-    def items() -> Iterator[int]:
-        yield from range(4)  # more than the queue of two processes takes while they start
-        others.append(pool.submit(abs, -1))
-        raise KeyError("the source")
-
-    with DecodePool(2) as pool:
-        with pytest.raises(KeyError, match="the source"):
-            list(pool.stream(_die_at_zero, items()))
-        told = others[0].exception()
-        assert told is None or isinstance(told, BrokenProcessPool)  # done before, or lost
-
-
-def test_pool__that_is_left_early_ends() -> None:
-    with DecodePool(1) as pool:
-        stream = pool.stream(abs, range(-100, 0))
-        assert next(stream) == 100
-        stream.close()  # type: ignore[attr-defined]

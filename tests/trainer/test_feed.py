@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.augment import apply_views, draw_views
 from trainer.config import Recipe
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.distributed import ALONE, Ranks
 from trainer.feed import Batch, Feed, prefetched
 from trainer.launch import Launch

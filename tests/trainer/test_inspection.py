@@ -14,7 +14,7 @@ import torch
 from tests.reference.threads import Threads, together
 from trainer.config import MonitorConfig
 from trainer.datasets import open_source
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.distributed import Ranks
 from trainer.encoder import build_encoder
 from trainer.inspection import (

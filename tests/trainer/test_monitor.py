@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import EncoderConfig, MonitorConfig
 from trainer.datasets import open_source, split
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.encoder import build_encoder
 from trainer.monitor import KnnMonitor, build_knn_monitor, is_collapsed, spread
 from trainer.representation.preprocess import InputContract

@@ -15,7 +15,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from trainer import nvjpeg as module
 from trainer.config import load_recipe
 from trainer.datasets import DataError, open_source
-from trainer.decoding import DecodePool, Survey, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import Survey, survey
 from trainer.representation.quiet import without_warnings
 from trainer.request import UnavailableError, resolve_decoder
 from trainer.stock import CropStock

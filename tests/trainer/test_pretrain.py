@@ -23,7 +23,8 @@ from trainer import step as step_module
 from trainer.checkpoint import Progress, checkpoints, newest_checkpoint
 from trainer.config import Recipe
 from trainer.datasets import open_source
-from trainer.decoding import DecodePool, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import survey
 from trainer.distributed import Ranks
 from trainer.inspection import build_inspector
 from trainer.interruption import Interrupted

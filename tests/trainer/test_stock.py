@@ -19,7 +19,8 @@ from trainer import shared_block
 from trainer import stock as module
 from trainer.config import load_recipe
 from trainer.datasets import DataError, ImageSource, open_source
-from trainer.decoding import DecodePool, Survey, survey
+from trainer.decode_pool import DecodePool
+from trainer.decoding import Survey, survey
 from trainer.shared_block import BlockName, NoMemoryError, SharedBlock, attach, available_bytes
 from trainer.stock import AHEAD, CropStock
 

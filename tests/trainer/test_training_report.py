@@ -14,7 +14,7 @@ import pytest
 
 from trainer.config import Recipe
 from trainer.datasets import open_source
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.inspection import BINS, Inspection
 from trainer.picture_grid import data_uri, thumbnails
 from trainer.pictures import SHOWN_FIRST, SHOWN_POSITIVES, SHOWN_WORST, pictures

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from trainer.config import EncoderConfig
 from trainer.datasets import Skipped
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.encoder import Encoder, build_encoder
 from trainer.evaluation.labelled import LabelledDataset
 from trainer.representation.bundle import WEIGHTS, Bundle, BundleError

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.datasets import DataError
-from trainer.decoding import DecodePool, prepared_or_reasons
+from trainer.decode_pool import DecodePool
+from trainer.decoding import prepared_or_reasons
 from trainer.evaluation.datasets import open_dataset
 from trainer.evaluation.job import JobError, load_dataset
 from trainer.evaluation.labelled import LabelledDataset, LabelledSplit

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.distributed import ALONE
 from trainer.evaluation.context import Evaluation, open_network
 from trainer.evaluation.datasets import open_dataset

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from trainer.config import load_recipe
-from trainer.decoding import DecodePool
+from trainer.decode_pool import DecodePool
 from trainer.encoder import build_encoder
 from trainer.evaluate import main
 from trainer.evaluation.context import Evaluation, open_network
