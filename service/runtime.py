@@ -98,6 +98,7 @@ class Runtime:
         self.draining = False
         self.failure: Exception | None = None
         self.loaded = asyncio.Event()
+        self._load_ended = asyncio.Event()  # also where it failed
         self._jobs = jobs
         self._evaluations: Evaluations | None = None
         self._worker: EmbeddedWorker | None = None
@@ -180,17 +181,23 @@ class Runtime:
         return self._serving
 
     def reload(self) -> None:
-        """Serve what the bundle path holds now, once it is built; on SIGHUP."""
-        if self._serving is None or self._switch is None or not self.loaded.is_set():
-            _log.warning(
-                "switch_ignored", reason="not loaded, or the gallery was given or lies in Milvus"
-            )
+        """Serve what the bundle path holds now, once it is built; on SIGHUP. While the service is
+        loading it is done afterwards."""
+        if self._given_gallery or self.settings.gallery is not None:
+            _log.warning("switch_ignored", reason="the gallery was given or lies in Milvus")
         elif self._switching is not None and not self._switching.done():
             _log.warning("switch_ignored", reason="one is going on already; /info says how far")
         else:
-            self._switching = asyncio.create_task(self._change(self._switch, self._serving))
+            self._switching = asyncio.create_task(self._change())
 
-    async def _change(self, switch: Switch, old: Serving) -> None:
+    async def _change(self) -> None:
+        await self._load_ended.wait()
+        if self.failure is not None:  # the process ends with it
+            return
+        assert self._switch is not None
+        assert self._serving is not None
+        old = self._serving
+
         async def serve(new: Serving) -> None:
             self._beside[new] = await asyncio.to_thread(self._open_beside, new.gallery)
             self._embedder, self._images, self._gallery = new.embedder, new.images, new.gallery
@@ -199,7 +206,7 @@ class Runtime:
             # Requests that began with the old model end with it.
             self._retiring[old] = asyncio.create_task(self._retire(old))
 
-        await switch.run(old.embedder.model_id, serve)
+        await self._switch.run(old.embedder.model_id, serve)
 
     async def _retire(self, old: Serving) -> None:
         with contextlib.suppress(TimeoutError):  # at once where the service ends
@@ -365,6 +372,7 @@ class Runtime:
             _log.error("start_failed", exc_info=error)
         else:
             self.loaded.set()
+        self._load_ended.set()
 
     async def _load_parts(self) -> None:
         settings = self.settings
@@ -489,8 +497,8 @@ class Runtime:
 
     async def _close(self) -> None:
         if self._switching is not None:
-            assert self._switch is not None
-            self._switch.stop()
+            if self._switch is not None:
+                self._switch.stop()
             await self._switching
         self._ending.set()
         await asyncio.gather(*self._retiring.values())

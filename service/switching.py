@@ -127,6 +127,8 @@ class Switch:
         _log.info("switch_done", model=bundle.model_id, items=len(serving.gallery.snapshot()))
 
     async def _build(self, bundle: Bundle) -> Serving:
+        if self._stopping.is_set():
+            raise Stopped
         embedder = await asyncio.to_thread(load_embedder, bundle, self._settings)
         images = self._image_path(embedder)
         try:

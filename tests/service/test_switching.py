@@ -158,6 +158,29 @@ def test_switch__is_said_to_be_done_once_the_new_model_is_served(
         assert service.client.get("/readyz").is_success
 
 
+def test_switch__that_is_asked_for_before_all_is_loaded_is_done_afterwards(
+    start_service: Start,
+    link: Path,
+    new_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = threading.Event()
+    clear = runtime.clear_unfinished
+
+    def gated(database: Database) -> None:
+        assert gate.wait(60)
+        clear(database)
+
+    monkeypatch.setattr(runtime, "clear_unfinished", gated)
+    for service in start_service(tmp_path / "state", of=open_bundle(link)):
+        assert not service.client.app.state.runtime.loaded.is_set()
+        move(link, new_bundle.directory)
+        reload(service)
+        gate.set()
+        assert ended(service)["state"] == "done"
+
+
 def test_requests__end_with_the_model_they_began_with(
     start_service: Start,
     link: Path,
