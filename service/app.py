@@ -13,6 +13,7 @@ import structlog
 from fastapi import FastAPI
 
 from service.admission import Admit
+from service.arguments import settings_from_environment
 from service.auth import Authorise
 from service.datasets import open_registry
 from service.embedder import Embedder
@@ -83,11 +84,12 @@ def create_app(
         jobs: the table of evaluations; None opens that of the state directory or database.
 
     Raises:
+        SettingsError: the environment was read, and is wrong.
         KeysError: the API keys cannot be read.
         RegistryError: the file of data sets cannot be read.
     """
     if settings is None:
-        settings = Settings()  # type: ignore[call-arg]  # the environment gives the rest
+        settings = settings_from_environment()
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
     runtime = Runtime(
         settings,

@@ -6,7 +6,6 @@ end it: readiness first, then running requests, then the log is closed; exit cod
 over the bundle that its path holds now. A start that fails says `error: ...` and exits with 1.
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -19,15 +18,15 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
 
 from service.app import create_app
+from service.arguments import SettingsError, read_settings
 from service.datasets import RegistryError
 from service.keys import KeysError
 from service.observability import configure_logging
 from service.protocol import BoundedConfig, Connections
 from service.runtime import Runtime
-from service.settings import ENV_PREFIX, Settings, explained, flag
+from service.settings import Settings
 
 TICKS_PER_S = 10  # how often uvicorn calls on_tick
 SPARE_FILES = 256  # file descriptors for everything that is no connection
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(arguments)
         allow_files(settings.max_connections + SPARE_FILES)
         listener = listen(settings)
-    except StartError as error:
+    except (SettingsError, StartError) as error:
         return _fail(error)
     configure_logging(settings.log_level)
     with listener:
@@ -57,28 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class StartError(Exception):
     """The service cannot start; the message is for the operator."""
-
-
-def read_settings(arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line and, where a flag is missing, from the environment.
-
-    Raises:
-        StartError: a value is missing, unknown or out of range; names the flag and the variable.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m service.run",
-        allow_abbrev=False,
-        description=f"Serve a bundle. Every flag has an environment variable {ENV_PREFIX}...",
-    )
-    for name, field in Settings.model_fields.items():
-        default = "" if field.is_required() else f" Default: {field.default}."
-        text = f"{field.description}{default}".replace("%", "%%")
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, metavar="VALUE")
-    given = vars(parser.parse_args(arguments))
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        raise StartError(explained(error)) from None
 
 
 class Server(uvicorn.Server):

@@ -4,14 +4,14 @@ In: environment variables INVPROP_... or keyword arguments (the command line pas
 frozen `Settings`; an unknown name or a value out of range is a validation error that names it.
 """
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.machine import usable_cores, usable_memory_bytes
 from trainer.representation.preprocess import MAX_PIXELS
 
 ENV_PREFIX = "INVPROP_"
@@ -411,69 +411,7 @@ class Settings(BaseSettings):
         return self.decoder_processes or min(4, usable_cores())
 
 
-def explained(error: ValidationError) -> str:
-    """What is wrong with settings, in one line: each with its flag and its variable."""
-    return "; ".join(_explain(entry) for entry in error.errors())
-
-
-def _explain(entry: object) -> str:
-    assert isinstance(entry, dict)
-    name = str(entry["loc"][0]) if entry["loc"] else ""
-    if not name:
-        return str(entry["msg"])
-    where = f"{flag(name)} ({ENV_PREFIX}{name.upper()})"
-    if entry["type"] == "missing":
-        return f"{where} is required"
-    return f"{where} = {entry['input']!r}: {entry['msg']}"
-
-
-def flag(setting: str) -> str:
-    """Its flag on the command line."""
-    return "--" + setting.replace("_", "-")
-
-
 def from_environment(setting: str) -> str | None:
     """A setting as the environment has it, for programs that serve nothing; None: not at all."""
     assert setting in Settings.model_fields
     return os.environ.get(f"{ENV_PREFIX}{setting.upper()}") or None
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def usable_memory_bytes() -> int:
-    """Memory of the machine, or of the container where that is less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max", or another version of cgroups
-            limits.append(int(Path(path).read_text()))
-    return min(limits)
-
-
-# What /info tells a client about limits, and the setting that each one comes from.
-CLIENT_LIMITS = (
-    "max_body_bytes",
-    "max_pending_body_bytes",
-    "max_url_bytes",
-    "max_header_bytes",
-    "max_requests_per_s",
-    "max_images_per_s",
-    "max_connections",
-    "header_timeout_s",
-    "body_timeout_s",
-    "max_line_bytes",
-    "max_images",
-    "max_rows",
-    "max_results",
-    "max_image_pixels",
-    "max_metadata_bytes",
-    "max_page",
-    "max_group_walk",
-    "max_grouping_walk",
-    "max_map_sample",
-    "queue_size",
-    "request_timeout_s",
-    "decode_timeout_s",
-)

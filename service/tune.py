@@ -29,7 +29,7 @@ from service.gallery.records import Records
 from service.gallery.rows import active_of, galleries_of
 from service.gallery.segment import Segment
 from service.gallery.tuning import write_tuning
-from service.settings import usable_memory_bytes
+from service.machine import usable_memory_bytes
 
 QUERIES = 1000  # at most; a tenth of the items where they are fewer
 FEWEST_ITEMS = 100  # below, nothing is worth measuring

@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 import structlog
 from celery import Celery, signals
 from celery.worker import state as celery_state
-from pydantic import ValidationError
 
+from service.arguments import SettingsError, settings_from_environment
 from service.attempt import COMMAND, JobRefused, Limits, attempt, device_of
 from service.dataset_file import RegistryError
 from service.datasets import Registry, UnknownDataset, open_registry
@@ -32,7 +32,7 @@ from service.gallery.database import make_state
 from service.gallery.protocol import GalleryError, StorageError
 from service.jobs import QUEUES, SWEEP_S, Jobs, Lease
 from service.observability import configure_logging
-from service.settings import Settings, explained
+from service.settings import Settings
 from trainer.representation.bundle import BundleError, open_bundle
 
 DIRECTORY = "evaluations"
@@ -254,10 +254,8 @@ def __getattr__(name: str) -> Any:
     """`app`, made when Celery asks for it: settings come from the environment."""
     if name in ("app", "celery"):
         try:
-            return make(Settings())  # type: ignore[call-arg]  # the environment gives the rest
-        except ValidationError as error:
-            _fail(explained(error))
-        except (GalleryError, BrokerError) as error:
+            return make(settings_from_environment())
+        except (SettingsError, GalleryError, BrokerError) as error:
             _fail(str(error))
     raise AttributeError(name)
 

@@ -13,7 +13,32 @@ from service.answers import json_response
 from service.openapi import problems
 from service.routes.access import runtime_of
 from service.schemas import MAX_GROUP_K, MAX_GROUP_STEPS, MAX_K, InfoAnswer
-from service.settings import CLIENT_LIMITS
+
+# What a client is told about limits, and the setting that each one comes from.
+CLIENT_LIMITS = (
+    "max_body_bytes",
+    "max_pending_body_bytes",
+    "max_url_bytes",
+    "max_header_bytes",
+    "max_requests_per_s",
+    "max_images_per_s",
+    "max_connections",
+    "header_timeout_s",
+    "body_timeout_s",
+    "max_line_bytes",
+    "max_images",
+    "max_rows",
+    "max_results",
+    "max_image_pixels",
+    "max_metadata_bytes",
+    "max_page",
+    "max_group_walk",
+    "max_grouping_walk",
+    "max_map_sample",
+    "queue_size",
+    "request_timeout_s",
+    "decode_timeout_s",
+)
 
 router = APIRouter(tags=["info"])
 

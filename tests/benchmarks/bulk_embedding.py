@@ -32,7 +32,8 @@ from service.bulk.parts import Output, Plan
 from service.bulk.sources import open_source
 from service.embedder import OnnxEmbedder
 from service.gallery.logged import LoggedGallery
-from service.settings import Settings, usable_cores
+from service.machine import usable_cores
+from service.settings import Settings
 from tests.benchmarks.served_models import jpeg, photo, random_bundle, session
 from trainer.representation.bundle import open_bundle
 from trainer.representation.preprocess import prepare

@@ -136,7 +136,7 @@ def test_codes__are_those_of_the_service() -> None:
 
 
 def test_limits__that_the_client_obeys_are_told_by_info() -> None:
-    from service.settings import CLIENT_LIMITS
+    from service.routes.info import CLIENT_LIMITS
 
     obeyed = {"max_images", "max_rows", "max_body_bytes", "max_results", "max_group_walk"}
     assert obeyed <= set(CLIENT_LIMITS)

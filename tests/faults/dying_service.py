@@ -9,11 +9,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from service.arguments import settings_from_environment
 from service.datasets import open_registry
 from service.doorbell import Doorbell, celery_application
 from service.evaluations import Evaluations
 from service.observability import Metrics
-from service.settings import Settings
 from trainer.representation.bundle import open_bundle
 
 
@@ -30,7 +30,7 @@ class Deadly(Doorbell):
 
 def main() -> int:
     """Accept one evaluation, and die of it."""
-    settings = Settings()  # type: ignore[call-arg]  # the environment gives the rest
+    settings = settings_from_environment()
     application = celery_application(settings.state, settings.broker_url(), limit_s=600)
     evaluations = Evaluations(
         settings, open_registry(settings.datasets), Metrics(), doorbell=Deadly(application)

@@ -12,14 +12,14 @@ from typing import Any
 
 from celery import signals
 
+from service.arguments import settings_from_environment
 from service.jobs import SWEEP_S
-from service.settings import Settings
 from service.worker import STUCK_S, make
 
 FAKE = Path(__file__).parents[1] / "service" / "fake_evaluate.py"
 
 app = make(
-    Settings(),  # type: ignore[call-arg]  # the environment gives the rest
+    settings_from_environment(),
     command=(sys.executable, str(FAKE)),
     stuck_s=float(os.environ.get("FAKE_STUCK_S", STUCK_S)),
     sweep_s=float(os.environ.get("FAKE_SWEEP_S", SWEEP_S)),

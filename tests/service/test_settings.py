@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.run import StartError, read_settings
+from service.arguments import SettingsError, read_settings
 from service.settings import Settings
 
 README = Path(__file__).parents[2] / "service" / "README.md"
@@ -49,7 +49,7 @@ def test_settings__may_come_from_the_environment_alone(monkeypatch: pytest.Monke
     ],
 )
 def test_settings__name_what_is_wrong(arguments: list[str], message: str) -> None:
-    with pytest.raises(StartError, match=message):
+    with pytest.raises(SettingsError, match=message):
         read_settings(arguments)
 
 
