@@ -4,13 +4,14 @@ Run: pytest tests/trainer/test_decode_pool.py
 """
 
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
+from tests.trainer.occupied_pool import occupy
 from trainer.datasets import DataError
 from trainer.decode_pool import DecodePool
 
@@ -40,27 +41,22 @@ def test_pool__whose_process_dies_goes_on_wherever_in_the_queue_it_was(first: in
     assert answers[first] == 100
 
 
-def _die_or_dawdle(item: int) -> int:
-    if item == 0:
-        os._exit(3)
-    time.sleep(2)
-    return item
-
-
 @pytest.mark.timeout(60)
-def test_pool__whose_process_dies_after_its_stream_was_left_tells_who_waits() -> None:
+def test_pool__whose_process_dies_after_its_stream_was_left_tells_who_waits(tmp_path: Path) -> None:
     others: list[Future[int]] = []
 
     def items() -> Iterator[int]:
-        yield from range(4)  # more than the queue of two processes takes while they start
-        others.append(pool.submit(abs, -1))
+        yield from (-1, -2)
+        others.append(pool.submit(abs, -3))
         raise KeyError("the source")
 
-    with DecodePool(2) as pool:
+    with DecodePool(1) as pool:
+        told = occupy(pool, tmp_path)
         with pytest.raises(KeyError, match="the source"):
-            list(pool.stream(_die_or_dawdle, items()))
+            list(pool.stream(abs, items()))
+        told.touch()
         with pytest.raises(BrokenProcessPool):
-            others[0].result()
+            others[0].result(timeout=30)
 
 
 def test_pool__that_is_left_early_ends() -> None:

@@ -5,9 +5,7 @@ Run: pytest tests/trainer/test_stock.py
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.trainer.occupied_pool import occupy
 from trainer import shared_block
 from trainer import stock as module
 from trainer.config import load_recipe
@@ -136,30 +135,23 @@ def test_stock__whose_process_dies(pictures: Callable[..., Path]) -> None:
             list(stock.batches([np.array([2, 1])]))
 
 
-class SlowKiller:
-    """A picture whose decoder dies, once the others are queued."""
-
-    def read(self) -> bytes:
-        time.sleep(0.5)
-        os._exit(3)
-
-
 @pytest.mark.timeout(60)
 def test_stock__whose_process_dies_after_it_was_left_ends(
-    pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def batches() -> Iterator[np.ndarray]:
         yield np.arange(8)
+        told.touch()
         raise KeyError("the sampler")
 
     monkeypatch.setattr(module, "LEAST_PART", 1)
     monkeypatch.setattr(module, "LARGEST_PART", 1)
     found = _survey(open_source(str(pictures(8, nested=False))))
-    source = replace(found.source, pictures=[SlowKiller(), *found.source.pictures[1:]])
+    (tmp_path / "pool").mkdir()
     with DecodePool(1) as pool:
-        stock = CropStock(source, None, pool, size_px=8, sizes=found.sizes)
+        told = occupy(pool, tmp_path / "pool")
         with pytest.raises(KeyError, match="the sampler"):
-            list(stock.batches(batches()))
+            list(_stock(found, pool).batches(batches()))
 
 
 def test_stock__says_how_much_memory_it_lacks(
