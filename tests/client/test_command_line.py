@@ -14,7 +14,7 @@ import pytest
 
 from client import Client, command_line, output
 from client.version import VERSION
-from tests.client.test_clients import ADDED, groups_of_each, lines_in, neighbours_of_each, skip_x
+from tests.client.fake_answers import ADDED, groups_of_each, lines_in, neighbours_of_each, skip_x
 
 Run = Callable[..., tuple[int, str, str]]
 

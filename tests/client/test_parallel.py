@@ -14,7 +14,7 @@ import pytest
 from client import AsyncClient, Client, InternalError, QueueFull
 from client.parallel import Parallel, Stopped
 from client.retry import Together
-from tests.client.test_clients import ADDED, embed_digits, images_in, lines_in
+from tests.client.fake_answers import ADDED, embed_digits, images_in, lines_in
 
 
 def parts_of(count: int, at_once: int) -> Parallel:

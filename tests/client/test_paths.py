@@ -7,7 +7,7 @@ import pytest
 
 from client.images import each, encode, file_name
 from client.paths import files_in, local_path, pictures_in
-from tests.client.test_clients import ADDED, embed_digits, lines_in
+from tests.client.fake_answers import ADDED, embed_digits, lines_in
 
 
 @pytest.fixture
