@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.hostile_bodies import generate
+from tests.faults.fuzzed_requests import generate
 
 SEED = 20261126
 
