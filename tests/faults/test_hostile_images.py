@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.hostile_images import MOST_BYTES, SLOWEST_S, attack, odd_pictures
+from tests.faults.hostile_images import MOST_BYTES, SLOWEST_S, attack
+from tests.faults.odd_images import odd_pictures
 from tests.service.conftest import SIDE
 from trainer.representation.preprocess import InputContract, fit, prepare
 
