@@ -1,13 +1,10 @@
-"""The command itself: a whole run, its folder, resuming, signals, a full disk, and wrong requests.
+"""The command itself: a whole run, its folder, what it says, and wrong requests.
 
 Run: pytest tests/trainer/test_run.py
 """
 
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,39 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.readings import PARTS
+from tests.trainer.tiny_run import metrics_of, published_by, tiny_run
 from trainer.representation.bundle import open_bundle
 from trainer.run import main
 from trainer.run_folder import RunFolder
 from trainer.session import summarise
 
 Pictures = Callable[..., Path]
-
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
-
-
-def _tiny(overrides: Sequence[str], data: Path | str, output: Path, *more: str) -> list[str]:
-    return ["digits", "--data", str(data), "--output", str(output), *overrides, *more]
-
-
-def _metrics(output: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
-
-
-def _seen(output: Path) -> list[str]:
-    """The page without times, and what else was written down for the eye."""
-    page = (output / "report.html").read_text()
-    page = re.sub(r"<figure><figcaption>Throughput.*?</figure>", "", page, flags=re.DOTALL)
-    page = re.sub(r"[\d,.]+ (s|min|h|images/s)\b", "", page)
-    return [page, *((output / n).read_text() for n in ("pictures.json", "histograms.jsonl"))]
-
-
-def _published(output: Path) -> dict[str, Any]:
-    """The hashes of what the bundle publishes; its card names the commit, which may move on, and
-    timings never repeat."""
-    files = open_bundle(output / "bundle").manifest["files"]
-    return {name: files[name] for name in files if name not in ("README.md", "speed.json")}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +78,7 @@ def test_run__ends_with_a_page_for_the_eye(finished: Path) -> None:
 
 
 def test_run__measures_before_and_after(finished: Path) -> None:
-    lines = _metrics(finished)
+    lines = metrics_of(finished)
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     report = json.loads((finished / "report.json").read_text())
     assert report["training"]["knn_untrained"] == lines[0]["knn"]
@@ -130,12 +101,12 @@ def test_run__whose_bundle_was_damaged_exports_it_again(
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    whole = _published(output)
+    whole = published_by(output)
     (output / "bundle" / "encoder.onnx").write_bytes(b"damaged")
     assert main(["--resume", "--data", "digits", "--output", str(output)]) == 0
     assert "exported again" in capsys.readouterr().out
-    assert _published(output) == whole
-    assert _metrics(output) == _metrics(finished)
+    assert published_by(output) == whole
+    assert metrics_of(output) == metrics_of(finished)
 
 
 def test_resume__with_another_recipe_names_the_keys(
@@ -146,56 +117,13 @@ def test_resume__with_another_recipe_names_the_keys(
     assert "these keys differ: batch_size, loss.temperature" in capsys.readouterr().err
 
 
-def test_resume__with_other_data(
-    packed: Callable[..., Path],
-    tmp_path: Path,
-    tiny_overrides: Sequence[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output = tmp_path / "run"
-    line = _tiny(tiny_overrides, packed(40), output)
-    assert main(line) == 0
-    (output / "report.json").unlink()  # as if it had been killed before the end
-    packed(41)
-    assert main([*line, "--resume"]) == 2
-    assert "was begun with other images" in capsys.readouterr().err
-
-
-def test_resume__goes_back_to_the_older_checkpoint_loudly(
-    packed: Callable[..., Path],
-    tmp_path: Path,
-    tiny_overrides: Sequence[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output = tmp_path / "run"
-    line = _tiny(tiny_overrides, packed(40), output)
-    assert main(line) == 0
-    whole = _published(output)
-    metrics, seen = _metrics(output), _seen(output)
-    (output / "report.json").unlink()
-    newest = max((output / "checkpoints").iterdir())
-    (newest / "bank.safetensors").write_bytes(b"damaged")
-    assert main([*line, "--resume"]) == 0
-    said = capsys.readouterr().out
-    assert f"{newest / 'bank.safetensors'} has 7 bytes" in said
-    assert "going on from epoch-0001" in said
-    assert _metrics(output) == metrics
-    assert _published(output) == whole
-    assert _seen(output) == seen
-    (output / "report.json").unlink()
-    for checkpoint in (output / "checkpoints").iterdir():
-        (checkpoint / "bank.safetensors").write_bytes(b"damaged")
-    assert main([*line, "--resume"]) == 2
-    assert "none of the checkpoints" in capsys.readouterr().err
-
-
 def test_run__on_a_folder_lists_what_it_skipped(
     pictures: Pictures, tmp_path: Path, tiny_overrides: Sequence[str]
 ) -> None:
     root = pictures(30)
     (root / "dark" / "zero.jpg").write_bytes(b"")
     output = tmp_path / "run"
-    assert main(_tiny(tiny_overrides, root, output, "data.workers=1", "data.holdout=0")) == 0
+    assert main(tiny_run(tiny_overrides, root, output, "data.workers=1", "data.holdout=0")) == 0
     data = json.loads((output / "report.json").read_text())["data"]
     assert data["skipped"] == [{"id": "dark/zero.jpg", "reason": "the file is empty (0 bytes)"}]
     assert data["labels"] is True
@@ -210,8 +138,8 @@ def test_run__past_the_memory_limit_is_the_same_run(
 ) -> None:
     root = pictures(30)
     for name, more in (("held", ()), ("streamed", ("data.resident_limit_bytes=1000",))):
-        assert main(_tiny(tiny_overrides, root, tmp_path / name, *more)) == 0
-    assert _metrics(tmp_path / "held") == _metrics(tmp_path / "streamed")
+        assert main(tiny_run(tiny_overrides, root, tmp_path / name, *more)) == 0
+    assert metrics_of(tmp_path / "held") == metrics_of(tmp_path / "streamed")
     report = json.loads((tmp_path / "streamed" / "report.json").read_text())
     assert report["data"]["held_in_memory"] is False
 
@@ -223,9 +151,9 @@ def test_run__without_labels_says_so_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "run"
-    assert main(_tiny(tiny_overrides, pictures(20, nested=False), output)) == 0
+    assert main(tiny_run(tiny_overrides, pictures(20, nested=False), output)) == 0
     assert capsys.readouterr().out.count("no labels") == 1
-    assert not any("knn" in line for line in _metrics(output))
+    assert not any("knn" in line for line in metrics_of(output))
     training = open_bundle(output / "bundle").manifest["training"]
     assert training["knn_trained"] is None
     assert training["data"]["images_held_out"] == 0
@@ -265,7 +193,7 @@ def test_data__that_is_too_little(
         (few, "5 images to train on, but a batch takes batch_size=8: give more images, or batch"),
     ):
         output = tmp_path / "run"
-        assert main(_tiny(tiny_overrides, data, output)) == 2
+        assert main(tiny_run(tiny_overrides, data, output)) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert told in error
@@ -302,123 +230,6 @@ def test_request__that_cannot_be_carried_out(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--data", "digits", "--output", output]) == 2
     assert "start them with torchrun, or unset WORLD_SIZE" in capsys.readouterr().err
-
-
-def test_resume__before_the_first_checkpoint_begins_anew(
-    packed: Callable[..., Path],
-    tmp_path: Path,
-    tiny_overrides: Sequence[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output = tmp_path / "run"
-    line = _tiny(tiny_overrides, packed(40), output)
-    assert main(line) == 0
-    whole = _metrics(output)
-    (output / "report.json").unlink()
-    shutil.rmtree(output / "checkpoints")
-    assert main([*line, "--resume"]) == 0
-    assert "no checkpoint yet: beginning anew" in capsys.readouterr().out
-    assert _metrics(output) == whole
-
-
-def _start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainer.run", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    )
-
-
-def _wait_for(process: "subprocess.Popen[str]", words: str) -> None:
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if words in line:
-            return
-    pytest.fail(f"{words!r} was never said: {''.join(said)}")
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal__saves_the_state_and_leaves(
-    packed: Callable[..., Path], tmp_path: Path, tiny_overrides: Sequence[str], signum: int
-) -> None:
-    data = packed(40)
-    overrides = [*tiny_overrides, "epochs=300", "monitor.every_epochs=300"]
-    overrides.append("checkpoint.every_epochs=300")
-    output = tmp_path / "run"
-    process = _start(_tiny(overrides, data, output))
-    _wait_for(process, "epoch 2/300")
-    process.send_signal(signum)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    assert "Go on with --resume" in said
-    assert "Traceback" not in said
-    (stopped,) = (output / "checkpoints").iterdir()
-    assert not (output / "bundle").exists()
-    page = (output / "report.html").read_text()
-    assert "The run is not finished, there is no bundle: stopped; the state is in" in page
-    assert "python -m trainer.run --resume" in page
-    # 30 of the 40 images train, 8 in a batch: 3 steps make an epoch.
-    state = json.loads((stopped / "state.json").read_text())
-    epoch, step = state["position"]
-    assert epoch < 300
-    assert state["running"]["steps"] == step
-    assert len(state["metrics"]) == (epoch if step < 3 else epoch + 1)
-
-
-def test_signal__the_second_kills_at_once(
-    packed: Callable[..., Path], tmp_path: Path, tiny_overrides: Sequence[str]
-) -> None:
-    # One step that is long enough to be interrupted twice: all of 4,000 images in a batch.
-    overrides = [*tiny_overrides, "batch_size=3000", "encoder.image_size_px=64", "epochs=300"]
-    process = _start(_tiny(overrides, packed(4000), tmp_path / "run"))
-    _wait_for(process, "untrained encoder")
-    process.send_signal(signal.SIGINT)
-    _wait_for(process, "a second Ctrl-C kills at once")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_disk__full_while_saving_keeps_the_last_good_checkpoint(
-    packed: Callable[..., Path], tmp_path: Path, tiny_overrides: Sequence[str]
-) -> None:
-    output = tmp_path / "run"
-    arguments = _tiny(tiny_overrides, packed(40), output)
-    assert main(arguments) == 0
-    whole = _published(output)
-    metrics = _metrics(output)
-    (output / "report.json").unlink()
-    good, newest = sorted((output / "checkpoints").iterdir())
-    shutil.rmtree(newest)
-    # No file may grow past 200 kB: the weights have 1.6 MB.
-    limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
-        "from trainer.run import main; sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *arguments, "--resume"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "epoch 2, step 3 cannot be written (File too large)" in done.stderr
-    assert f"the last good checkpoint is {good}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list((output / "checkpoints").iterdir()) == [good]
-    # With room again it goes on to the very same end.
-    assert main([*arguments, "--resume"]) == 0
-    assert _metrics(output) == metrics
-    assert _published(output) == whole
 
 
 def test_decoding_processes__do_not_import_torch(pictures: Pictures, tmp_path: Path) -> None:
