@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.trainer.pretraining import run
 from trainer.augment import Collated
 from trainer.config import Recipe, load_recipe
+
+__all__ = ["run"]  # a fixture
 
 # A run of a second: a small encoder on 8 px images.
 TINY = (
