@@ -43,7 +43,7 @@ from service.routes import (
 )
 from service.routes.direct import AnswerDirectly
 from service.runtime import Runtime
-from service.schemas import ProblemDocument
+from service.schemas.problem import ProblemDocument
 from service.settings import Settings
 
 _log = structlog.get_logger("service")

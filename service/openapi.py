@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from service.errors import MEDIA_TYPE, PROBLEMS
 from service.policy import Policy, Role
-from service.schemas import ProblemDocument
+from service.schemas.problem import ProblemDocument
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _IMAGE_FILES = {

@@ -19,7 +19,8 @@ from service.errors import Problem
 from service.gallery.protocol import Rows, Snapshot, Vectors
 from service.gallery.vectors import as_unit, as_unit_rows
 from service.runtime import Runtime
-from service.schemas import GroupsRequest, NeighboursRequest
+from service.schemas.groups import GroupsRequest
+from service.schemas.neighbours import NeighboursRequest
 from trainer.representation.preprocess import ImageRejected
 
 # So many numbers are brought to unit length sooner than another thread is asked to (0.1 ms).

@@ -18,7 +18,7 @@ from service import bodies
 from service.errors import Problem, validation_problem
 from service.gallery.protocol import Vectors
 from service.gallery.vectors import as_unit
-from service.schemas import ItemLine
+from service.schemas.items import ItemLine
 from service.settings import Settings
 from trainer.representation.bundle import MAX_ID_LENGTH
 from trainer.representation.preprocess import ImageRejected

@@ -10,7 +10,7 @@ from service.dataset_file import RegisteredDataset
 from service.openapi import problems
 from service.routes.access import runtime_of
 from service.runtime import Runtime
-from service.schemas import DatasetList
+from service.schemas.evaluations import DatasetList
 
 router = APIRouter(tags=["evaluations"])
 

@@ -13,7 +13,7 @@ from service.openapi import body_of, problems
 from service.queries import rejected_images, rejections
 from service.routes.access import runtime_of
 from service.runtime import Runtime
-from service.schemas import EmbedAnswer, EmbedRequest
+from service.schemas.embed import EmbedAnswer, EmbedRequest
 from trainer.representation.preprocess import ImageRejected
 
 router = APIRouter(tags=["embed"])

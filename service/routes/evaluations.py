@@ -15,12 +15,7 @@ from service.openapi import body_of, problems
 from service.routes.access import runtime_of
 from service.routes.items import MAX_IDEMPOTENCY_KEY
 from service.runtime import Runtime
-from service.schemas_evaluations import (
-    EvaluationAnswer,
-    EvaluationList,
-    EvaluationRequest,
-    Status,
-)
+from service.schemas.evaluations import EvaluationAnswer, EvaluationList, EvaluationRequest, Status
 
 router = APIRouter(tags=["evaluations"])
 MAX_BYTES = 64 * 1024  # of a request: a few dozen numbers

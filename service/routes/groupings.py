@@ -16,7 +16,7 @@ from service.groups import walk_width
 from service.openapi import body_of, problems
 from service.routes.access import runtime_of
 from service.runtime import Runtime
-from service.schemas import (
+from service.schemas.groups import (
     GroupingAnswer,
     GroupingGroupAnswer,
     GroupingGroupsPage,

@@ -12,7 +12,7 @@ from service.groups import propagated_groups, walk_width
 from service.openapi import body_of, problems
 from service.queries import ACCEPTED, Queries, read
 from service.routes.access import runtime_of
-from service.schemas import GroupsAnswer, GroupsRequest
+from service.schemas.groups import GroupsAnswer, GroupsRequest
 
 router = APIRouter(tags=["groups"])
 

@@ -7,7 +7,7 @@ from service.answers import json_response
 from service.errors import Problem
 from service.openapi import problems
 from service.routes.access import runtime_of
-from service.schemas import Readiness
+from service.schemas.info import Readiness
 
 router = APIRouter(tags=["health"])
 

@@ -18,7 +18,13 @@ from service.openapi import body_of, problems
 from service.queries import rejected_images, rejections
 from service.routes.access import runtime_of
 from service.runtime import Runtime
-from service.schemas import InferAnswer, Liveness, ModelMetadata, ModelReady, ServerMetadata
+from service.schemas.inference import (
+    InferAnswer,
+    Liveness,
+    ModelMetadata,
+    ModelReady,
+    ServerMetadata,
+)
 from trainer.representation.preprocess import ImageRejected
 
 router = APIRouter(tags=["open inference protocol"], prefix="/v2")

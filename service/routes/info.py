@@ -12,7 +12,9 @@ from starlette.responses import Response
 from service.answers import json_response
 from service.openapi import problems
 from service.routes.access import runtime_of
-from service.schemas import MAX_GROUP_K, MAX_GROUP_STEPS, MAX_K, InfoAnswer
+from service.schemas.groups import MAX_GROUP_K, MAX_GROUP_STEPS
+from service.schemas.info import InfoAnswer
+from service.schemas.neighbours import MAX_K
 
 # What a client is told about limits, and the setting that each one comes from.
 CLIENT_LIMITS = (

@@ -19,14 +19,14 @@ from service.openapi import body_of, problems
 from service.routes.access import runtime_of
 from service.routes.neighbours import filter_of
 from service.runtime import Runtime
-from service.schemas import (
+from service.schemas.fields import MetadataFilter
+from service.schemas.items import (
     DeleteAnswer,
     DeleteRequest,
     ItemAnswer,
     ItemLine,
     ItemPage,
     ItemsAnswer,
-    MetadataFilter,
 )
 from service.uploads import Upload, from_form, from_ndjson
 from trainer.representation.preprocess import ImageRejected

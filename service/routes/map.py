@@ -13,7 +13,7 @@ from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
 from service.map import LEAST_ITEMS, Failure, Key, Map, Method
 from service.openapi import problems
 from service.routes.access import runtime_of
-from service.schemas import MapAnswer, MapPending
+from service.schemas.map import MapAnswer, MapPending
 
 router = APIRouter(tags=["map"])
 DEFAULT_SAMPLE = 5000

@@ -13,7 +13,8 @@ from service.gallery.protocol import Filter, Found
 from service.openapi import body_of, problems
 from service.queries import ACCEPTED, Queries, read
 from service.routes.access import runtime_of
-from service.schemas import FilterValue, NeighboursAnswer, NeighboursRequest
+from service.schemas.fields import FilterValue
+from service.schemas.neighbours import NeighboursAnswer, NeighboursRequest
 
 router = APIRouter(tags=["neighbours"])
 # A search of so many products (queries x items x D) takes about as long as asking another thread

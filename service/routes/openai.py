@@ -17,7 +17,7 @@ from service.openapi import body_of, problems
 from service.queries import rejected_images, rejections
 from service.routes.access import runtime_of
 from service.runtime import Runtime
-from service.schemas import EmbeddingList, EmbeddingsRequest, ModelEntry, ModelList
+from service.schemas.openai import EmbeddingList, EmbeddingsRequest, ModelEntry, ModelList
 
 router = APIRouter(tags=["openai"], prefix="/v1")
 MODEL = "encoder"  # what the model may be called beside its id

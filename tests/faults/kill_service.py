@@ -29,7 +29,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from service.schemas import DeleteRequest
+from service.schemas.items import DeleteRequest
 from tests.faults.oracle import State, Stored, Writer, check
 from tests.faults.served import Served
 from tests.service.conftest import DIM, build_bundle, encoded

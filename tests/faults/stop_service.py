@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from service.schemas import DeleteRequest
+from service.schemas.items import DeleteRequest
 from tests.faults.oracle import State, Stored, Writer, Wrong, check
 from tests.faults.served import Answer, Connection, Served
 from tests.service.conftest import DIM, build_bundle, encoded

@@ -8,7 +8,7 @@ import pytest
 
 from service.bodies import decode_image_text, parse_npy, query_options, validate
 from service.errors import Problem
-from service.schemas import NeighboursRequest
+from service.schemas.neighbours import NeighboursRequest
 from trainer.representation.preprocess import ImageRejected
 
 

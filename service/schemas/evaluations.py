@@ -1,16 +1,16 @@
-"""The shapes of evaluations, as they stand in openapi.json."""
+"""/evaluations, and the data sets that may be evaluated on (GET /datasets)."""
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from service.schemas.fields import Strict
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
 
 
-class EvaluationRequest(BaseModel):
+class EvaluationRequest(Strict):
     """What to evaluate the served encoder on, and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     protocol: str = Field(
         min_length=1,
@@ -72,3 +72,36 @@ class EvaluationList(BaseModel):
 
     items: list[EvaluationAnswer]
     next: str | None = Field(description="`cursor` of the next page; null on the last one.")
+
+
+class DatasetAnswer(BaseModel):
+    """A labelled data set that the operator registered."""
+
+    name: str = Field(description="What an evaluation names it by.")
+    kind: str
+    state: Literal["counting", "ready", "failed"] = Field(
+        description="`counting`: it is being opened in the background; ask again."
+    )
+    task: Literal["single_label", "multi_label"] | None = Field(
+        description="Whether its images have one class each, or several. Null unless ready."
+    )
+    classes: int | None = Field(description="Their number. Null unless ready.")
+    class_names: list[str] | None = Field(description="The first 1,000.")
+    counts: dict[str, int] | None = Field(
+        description="Images of each split: train, test, perhaps validation. Null unless ready."
+    )
+    divided_by_seed: bool | None = Field(
+        description="It has no test split of its own: an evaluation's seed divides it."
+    )
+    fingerprint: str | None = Field(description="sha256 of what it holds, as reports name it.")
+    problem: str | None = Field(description="Why it cannot be evaluated on, where failed.")
+
+
+class DatasetList(BaseModel):
+    """The registered data sets, by name."""
+
+    items: list[DatasetAnswer]
+    problem: str | None = Field(
+        description="Why the last change of the file was not taken over; null where it was."
+    )
+    next: str | None = Field(description="Always null: they are few.")
