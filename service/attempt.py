@@ -23,7 +23,8 @@ import orjson
 import structlog
 
 from service.gallery.protocol import StorageError
-from service.jobs import GPU, Jobs, Lease
+from service.job import GPU, Lease
+from service.jobs import Jobs
 
 COMMAND = (sys.executable, "-m", "trainer.evaluate")
 INTERRUPTED = "interrupted"  # what trainer.evaluate says after SIGTERM

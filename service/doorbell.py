@@ -15,7 +15,7 @@ from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import AuthenticationError
 
-from service.jobs import CPU, GPU
+from service.job import CPU, GPU
 
 TASK = "invprop.evaluate"
 BROKER_DIRECTORY = "broker"

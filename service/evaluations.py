@@ -18,7 +18,8 @@ from service.datasets import Registry, UnknownDataset
 from service.doorbell import Doorbell, celery_application
 from service.errors import Problem, queue_full
 from service.gallery.protocol import StorageError
-from service.jobs import CPU, GPU, QUEUES, SWEEP_S, Job, JobConflict, Jobs, JobsFull, Request
+from service.job import CPU, GPU, QUEUES, Job, JobConflict, JobsFull, Request
+from service.jobs import SWEEP_S, Jobs
 from service.observability import Metrics
 from service.settings import Settings
 

@@ -6,27 +6,35 @@ number of its own, and what comes with an older one changes nothing. SQLite in t
 or the PostgreSQL of the gallery, whose clock then counts for all hosts.
 """
 
-import contextlib
-import hashlib
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from service.gallery.engines import postgresql_engine, reported, sqlite_engine
-from service.jobs_tables import evaluations, metadata, reports, workers
+from service.job import (
+    CANCELLED,
+    FAILED,
+    LOST,
+    QUEUED,
+    QUEUES,
+    RUNNING,
+    STATES,
+    SUCCEEDED,
+    Beat,
+    Job,
+    JobConflict,
+    JobsFull,
+    Lease,
+    Request,
+    Swept,
+)
+from service.jobs_database import JobsDatabase
+from service.jobs_rows import end, job_of, leased, new_row, requeue, row_of
+from service.jobs_tables import evaluations, reports, workers
 
-FILE_NAME = "evaluations.sqlite3"
-CPU, GPU = QUEUES = "cpu", "gpu"
-QUEUED, RUNNING = "queued", "running"
-SUCCEEDED, FAILED, CANCELLED, LOST = ENDED = "succeeded", "failed", "cancelled", "lost"
-STATES = (QUEUED, RUNNING, *ENDED)
 MAX_ATTEMPTS = 3
 RING_AGAIN_S = 30.0  # a queued job that nobody took is rung for again
 # In one sweep: while every worker is busy for hours, messages must not pile up by the thousand.
@@ -36,82 +44,6 @@ CANCEL_S = 8.0
 SWEEP_S = 10.0  # service and workers look that often for leases that ran out
 WORKER_SEEN_S = 120.0  # a worker that was not seen for longer is not there
 _GONE_S = 7 * 86400.0  # and is forgotten after a week
-# Names the lock under which PostgreSQL makes the tables; any number that nobody else uses.
-_MAKE_LOCK = 0x696E_7670_726F_7003
-
-
-class JobConflict(Exception):
-    """The idempotency key was used for another request."""
-
-
-class JobsFull(Exception):
-    """As many jobs as `limit` are queued or running."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} evaluations are queued or running")
-        self.limit = limit
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for."""
-
-    protocol: str
-    dataset: str
-    settings: Mapping[str, Any]
-    seed: int
-    model: str  # model_id of the bundle that is to be evaluated
-    queue: str
-
-    def digest(self) -> str:
-        """sha256 (hex) of it."""
-        values = [self.protocol, self.dataset, self.settings, self.seed, self.model, self.queue]
-        return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job as it stands. Times are seconds since 1970, None where it is not that far."""
-
-    id: str
-    seq: int  # grows with each job
-    request: Request
-    status: str
-    attempts: int
-    fence: int
-    progress: Mapping[str, Any] | None
-    error: Mapping[str, Any] | None  # code, message, log (its last lines)
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-
-    @property
-    def ended(self) -> bool:
-        """Whether it will never change again."""
-        return self.status in ENDED
-
-
-class Lease(NamedTuple):
-    """A job that is held by a worker."""
-
-    job: Job
-    fence: int
-
-
-class Beat(NamedTuple):
-    """What a worker is told when it renews its lease."""
-
-    held: bool  # False: the job is somebody else's, or has ended
-    cancel: bool  # it is to be cancelled
-
-
-class Swept(NamedTuple):
-    """What a sweep did."""
-
-    ring: Sequence[tuple[str, str]]  # (id, queue) of jobs to ring for
-    expired: int  # leases
-    # When the next job that is being cancelled must have ended; None: none is.
-    again_s: float | None
 
 
 class Jobs:
@@ -136,13 +68,7 @@ class Jobs:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.lease_s = lease_s
-        self._clock = clock
-        self._engine = postgresql_engine(url) if url else sqlite_engine(state / FILE_NAME)
-        self._insert = postgresql.insert if url else sqlite.insert
-        with self._transaction() as connection:
-            if self._is_postgresql:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MAKE_LOCK)))
-            metadata.create_all(connection)
+        self._database = JobsDatabase(state, url, clock)
 
     def submit(
         self, request: Request, *, key: str | None = None, pending_limit: int | None = None
@@ -160,7 +86,7 @@ class Jobs:
             JobsFull: `pending_limit` jobs are queued or running.
         """
         digest = request.digest()
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             if key is not None:
                 row = connection.execute(
                     sa.select(evaluations).where(evaluations.c.idempotency_key == key)
@@ -172,26 +98,9 @@ class Jobs:
                 count = sa.select(sa.func.count()).select_from(evaluations).where(pending)
                 if (connection.scalar(count) or 0) >= pending_limit:
                     raise JobsFull(pending_limit)
-            values = {
-                "id": uuid.uuid4().hex,
-                "idempotency_key": key,
-                "digest": digest,
-                "protocol": request.protocol,
-                "dataset": request.dataset,
-                "settings": orjson.dumps(request.settings).decode(),
-                "seed": request.seed,
-                "model": request.model,
-                "queue": request.queue,
-                "status": QUEUED,
-                "attempts": 0,
-                "fence": 0,
-                "cancel": 0,
-                "rung_at": (now := self._now(connection)),
-                "queued_since": now,
-                "created_at": now,
-            }
+            values = new_row(request, key=key, digest=digest, now=self._database.now(connection))
             # Two callers of one key at a time: PostgreSQL lets both look before one inserts.
-            insert = self._insert(evaluations).values(values)
+            insert = self._database.insert(evaluations).values(values)
             same = insert.on_conflict_do_nothing(index_elements=["idempotency_key"])
             # Not by rowcount: psycopg has none of an insert that returns its row.
             made = connection.execute(same.returning(evaluations.c.id)).one_or_none()
@@ -202,17 +111,17 @@ class Jobs:
                 else evaluations.c.idempotency_key == key
             )
             row = connection.execute(sa.select(evaluations).where(where)).one()
-            return (_job(row), True) if inserted else (_known(row, digest), False)
+            return (job_of(row), True) if inserted else (_known(row, digest), False)
 
     def get(self, job_id: str) -> Job | None:
         """The job of that id."""
-        with self._transaction(writes=False) as connection:
-            row = connection.execute(_of(job_id)).one_or_none()
-        return None if row is None else _job(row)
+        with self._database.transaction(writes=False) as connection:
+            row = connection.execute(row_of(job_id)).one_or_none()
+        return None if row is None else job_of(row)
 
     def report(self, job_id: str) -> tuple[Mapping[str, Any], bytes] | None:
         """The report of a job that succeeded: its values, and the page."""
-        with self._transaction(writes=False) as connection:
+        with self._database.transaction(writes=False) as connection:
             row = connection.execute(
                 sa.select(reports.c.document, reports.c.page).where(reports.c.id == job_id)
             ).one_or_none()
@@ -227,13 +136,13 @@ class Jobs:
             query = query.where(evaluations.c.status == status)
         if before is not None:
             query = query.where(evaluations.c.seq < before)
-        with self._transaction(writes=False) as connection:
-            return [_job(row) for row in connection.execute(query)]
+        with self._database.transaction(writes=False) as connection:
+            return [job_of(row) for row in connection.execute(query)]
 
     def lease(self, job_id: str, worker: str) -> Lease | None:
         """Take a job that nobody holds; None where there is none such, however often it is rung."""
-        with self._transaction() as connection:
-            now = self._now(connection)
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
             free = sa.and_(evaluations.c.status == QUEUED, evaluations.c.cancel == 0)
             changed = connection.execute(
                 sa.update(evaluations)
@@ -250,7 +159,7 @@ class Jobs:
             )
             if changed.rowcount != 1:
                 return None
-            job = _job(connection.execute(_of(job_id)).one())
+            job = job_of(connection.execute(row_of(job_id)).one())
         return Lease(job, job.fence)
 
     def beat(self, job_id: str, fence: int, progress: Mapping[str, Any] | None = None) -> Beat:
@@ -258,11 +167,11 @@ class Jobs:
         values: dict[str, Any] = {}
         if progress is not None:
             values["progress"] = orjson.dumps(progress).decode()
-        with self._transaction() as connection:
-            renewed = self._now(connection) + self.lease_s
+        with self._database.transaction() as connection:
+            renewed = self._database.now(connection) + self.lease_s
             wanted = evaluations.c.cancel == 0
             values["lease_until"] = sa.case((wanted, renewed), else_=evaluations.c.lease_until)
-            held = connection.execute(_held(job_id, fence).values(values)).rowcount == 1
+            held = connection.execute(leased(job_id, fence).values(values)).rowcount == 1
             cancel = connection.scalar(
                 sa.select(evaluations.c.cancel).where(evaluations.c.id == job_id)
             )
@@ -275,8 +184,9 @@ class Jobs:
             document: report.json.
             page: report.html.
         """
-        with self._transaction() as connection:
-            if not self._end(connection, job_id, fence, SUCCEEDED, None):
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
+            if not end(connection, job_id, fence, SUCCEEDED, now=now):
                 return False
             values = {"id": job_id, "document": document.decode(), "page": page}
             connection.execute(sa.insert(reports).values(values))
@@ -284,31 +194,36 @@ class Jobs:
 
     def fail(self, job_id: str, fence: int, error: Mapping[str, Any]) -> bool:
         """End a job with an error; False where the fence is an old one."""
-        with self._transaction() as connection:
-            return self._end(connection, job_id, fence, FAILED, error)
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
+            return end(connection, job_id, fence, FAILED, now=now, error=error)
 
     def cancelled(self, job_id: str, fence: int) -> bool:
         """End a job whose worker has stopped it; False where the fence is an old one."""
-        with self._transaction() as connection:
-            return self._end(connection, job_id, fence, CANCELLED, None)
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
+            return end(connection, job_id, fence, CANCELLED, now=now)
 
     def crashed(self, job_id: str, fence: int, error: Mapping[str, Any]) -> bool:
         """Give a job whose process died another try, or end it after MAX_ATTEMPTS of them."""
-        with self._transaction() as connection:
-            row = connection.execute(_of(job_id)).one_or_none()
+        with self._database.transaction() as connection:
+            row = connection.execute(row_of(job_id)).one_or_none()
             if row is None or row.fence != fence or row.status != RUNNING:
                 return False
+            now = self._database.now(connection)
             if row.attempts >= MAX_ATTEMPTS:
-                return self._end(connection, job_id, fence, FAILED, error)
-            return self._requeue(connection, job_id, fence, attempts=row.attempts, error=error)
+                return end(connection, job_id, fence, FAILED, now=now, error=error)
+            tried = row.attempts
+            return requeue(connection, job_id, fence, now=now, attempts=tried, error=error)
 
     def give_back(self, job_id: str, fence: int) -> bool:
         """A worker that stops hands its job on: this was no attempt."""
-        with self._transaction() as connection:
-            row = connection.execute(_of(job_id)).one_or_none()
+        with self._database.transaction() as connection:
+            row = connection.execute(row_of(job_id)).one_or_none()
             if row is None or row.fence != fence or row.status != RUNNING:
                 return False
-            return self._requeue(connection, job_id, fence, attempts=row.attempts - 1)
+            now = self._database.now(connection)
+            return requeue(connection, job_id, fence, now=now, attempts=row.attempts - 1)
 
     def cancel(self, job_id: str) -> Job | None:
         """Cancel a job: at once where nobody holds it, else its worker is told at its next beat.
@@ -316,8 +231,8 @@ class Jobs:
         A worker that does not end it within CANCEL_S has lost it: the next sweep ends it, and what
         the worker says later is as late as with any lease that ran out.
         """
-        with self._transaction() as connection:
-            now = self._now(connection)
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
             connection.execute(
                 sa.update(evaluations)
                 .where(evaluations.c.id == job_id, evaluations.c.status == QUEUED)
@@ -338,22 +253,22 @@ class Jobs:
                     ),
                 )
             )
-            row = connection.execute(_of(job_id)).one_or_none()
-        return None if row is None else _job(row)
+            row = connection.execute(row_of(job_id)).one_or_none()
+        return None if row is None else job_of(row)
 
     def sweep(self) -> Swept:
         """Take jobs from workers that fell silent, and say which jobs to ring for (again)."""
         expired, ring = 0, []
-        with self._transaction() as connection:
-            now = self._now(connection)
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
             late = sa.and_(evaluations.c.status == RUNNING, evaluations.c.lease_until < now)
             query = sa.select(evaluations).where(late)
-            if self._is_postgresql:
+            if self._database.is_postgresql:
                 query = query.with_for_update(skip_locked=True)
             for row in connection.execute(query).all():
                 expired += 1
                 if row.cancel:
-                    self._end(connection, row.id, row.fence, CANCELLED, None)
+                    end(connection, row.id, row.fence, CANCELLED, now=now)
                 elif row.attempts >= MAX_ATTEMPTS:
                     message = (
                         f"its worker fell silent in each of {row.attempts} attempts, last "
@@ -361,9 +276,9 @@ class Jobs:
                         "for the evaluation again"
                     )
                     error = {"code": "worker_lost", "message": message}
-                    self._end(connection, row.id, row.fence, LOST, error)
+                    end(connection, row.id, row.fence, LOST, now=now, error=error)
                 else:
-                    self._requeue(connection, row.id, row.fence, attempts=row.attempts)
+                    requeue(connection, row.id, row.fence, now=now, attempts=row.attempts)
             waiting = sa.and_(
                 evaluations.c.status == QUEUED, evaluations.c.rung_at <= now - RING_AGAIN_S
             )
@@ -388,29 +303,29 @@ class Jobs:
             .order_by(evaluations.c.seq)
             .limit(1)
         )
-        with self._transaction(writes=False) as connection:
+        with self._database.transaction(writes=False) as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else (row.id, row.queue)
 
     def seen(self, worker: str, queues: Sequence[str]) -> None:
         """A worker is there."""
-        with self._transaction() as connection:
-            values = {"queues": ",".join(queues), "seen_at": self._now(connection)}
+        with self._database.transaction() as connection:
+            values = {"queues": ",".join(queues), "seen_at": self._database.now(connection)}
             connection.execute(
-                self._insert(workers)
+                self._database.insert(workers)
                 .values(name=worker, **values)
                 .on_conflict_do_update(index_elements=["name"], set_=values)
             )
 
     def gone(self, worker: str) -> None:
         """A worker has ended."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(sa.delete(workers).where(workers.c.name == worker))
 
     def served(self) -> Mapping[str, bool]:
         """Queue -> whether a worker of it was seen lately."""
-        with self._transaction(writes=False) as connection:
-            since = self._now(connection) - WORKER_SEEN_S
+        with self._database.transaction(writes=False) as connection:
+            since = self._database.now(connection) - WORKER_SEEN_S
             found = connection.execute(
                 sa.select(workers.c.queues).where(workers.c.seen_at >= since)
             )
@@ -422,7 +337,7 @@ class Jobs:
         query = sa.select(evaluations.c.status, sa.func.count().label("jobs")).group_by(
             evaluations.c.status
         )
-        with self._transaction(writes=False) as connection:
+        with self._database.transaction(writes=False) as connection:
             found = {row.status: row.jobs for row in connection.execute(query)}
         return {state: found.get(state, 0) for state in STATES}
 
@@ -431,105 +346,16 @@ class Jobs:
         query = sa.select(sa.func.min(evaluations.c.queued_since)).where(
             evaluations.c.status == QUEUED, evaluations.c.queue == queue
         )
-        with self._transaction(writes=False) as connection:
+        with self._database.transaction(writes=False) as connection:
             since = connection.scalar(query)
-            return 0.0 if since is None else max(0.0, self._now(connection) - since)
+            return 0.0 if since is None else max(0.0, self._database.now(connection) - since)
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
-
-    @property
-    def _is_postgresql(self) -> bool:
-        return self._engine.dialect.name == "postgresql"
-
-    def _now(self, connection: sa.Connection) -> float:
-        if not self._is_postgresql:
-            return self._clock()
-        query = sa.select(sa.extract("epoch", sa.func.clock_timestamp()))
-        return float(connection.scalar(query) or 0)
-
-    @contextlib.contextmanager
-    def _transaction(self, *, writes: bool = True) -> Iterator[sa.Connection]:
-        options = {} if self._is_postgresql else {"immediate": writes}
-        with (
-            reported("the evaluations could not be read or changed"),
-            self._engine.connect().execution_options(**options) as connection,
-            connection.begin(),
-        ):
-            yield connection
-
-    def _end(
-        self,
-        connection: sa.Connection,
-        job_id: str,
-        fence: int,
-        status: str,
-        error: Mapping[str, Any] | None,
-    ) -> bool:
-        values = {
-            "status": status,
-            "error": None if error is None else orjson.dumps(error).decode(),
-            "finished_at": self._now(connection),
-            "lease_until": None,
-        }
-        return connection.execute(_held(job_id, fence).values(values)).rowcount == 1
-
-    def _requeue(
-        self,
-        connection: sa.Connection,
-        job_id: str,
-        fence: int,
-        *,
-        attempts: int,
-        error: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Back into the queue, to be rung for at the next sweep; cancelled where that was asked."""
-        values = {
-            "status": sa.case((evaluations.c.cancel == 1, CANCELLED), else_=QUEUED),
-            "finished_at": sa.case((evaluations.c.cancel == 1, self._now(connection))),
-            "attempts": attempts,
-            "error": None if error is None else orjson.dumps(error).decode(),
-            "lease_until": None,
-            "rung_at": 0.0,
-            "queued_since": self._now(connection),
-            "progress": None,
-        }
-        return connection.execute(_held(job_id, fence).values(values)).rowcount == 1
-
-
-def _of(job_id: str) -> sa.Select[Any]:
-    return sa.select(evaluations).where(evaluations.c.id == job_id)
-
-
-def _held(job_id: str, fence: int) -> sa.Update:
-    mine = (evaluations.c.id == job_id, evaluations.c.fence == fence)
-    return sa.update(evaluations).where(*mine, evaluations.c.status == RUNNING)
+        self._database.close()
 
 
 def _known(row: Any, digest: str) -> Job:
     if row.digest != digest:
         raise JobConflict
-    return _job(row)
-
-
-def _job(row: Any) -> Job:
-    def parsed(text: str | None) -> Any:
-        return None if text is None else orjson.loads(text)
-
-    request = Request(
-        row.protocol, row.dataset, orjson.loads(row.settings), row.seed, row.model, row.queue
-    )
-    return Job(
-        row.id,
-        row.seq,
-        request,
-        row.status,
-        row.attempts,
-        row.fence,
-        parsed(row.progress),
-        parsed(row.error),
-        row.created_at,
-        row.started_at,
-        row.finished_at,
-    )
+    return job_of(row)

@@ -30,7 +30,8 @@ from service.datasets import Registry, UnknownDataset, open_registry
 from service.doorbell import TASK, BrokerError, Doorbell, celery_application, refusal
 from service.gallery.database import make_state
 from service.gallery.protocol import GalleryError, StorageError
-from service.jobs import QUEUES, SWEEP_S, Jobs, Lease
+from service.job import QUEUES, Lease
+from service.jobs import SWEEP_S, Jobs
 from service.observability import configure_logging
 from service.settings import Settings
 from trainer.representation.bundle import BundleError, open_bundle

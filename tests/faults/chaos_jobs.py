@@ -29,7 +29,8 @@ import orjson
 import psutil
 
 from service.doorbell import Doorbell, celery_application
-from service.jobs import CPU, MAX_ATTEMPTS, RUNNING, SUCCEEDED, Job, Jobs, Request
+from service.job import CPU, RUNNING, SUCCEEDED, Job, Request
+from service.jobs import MAX_ATTEMPTS, Jobs
 from service.settings import Settings
 from tests.faults import brokers
 from tests.service.conftest import build_bundle

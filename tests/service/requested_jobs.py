@@ -1,6 +1,7 @@
 """Jobs for the tests of service.jobs: submitted, looked at, and the clock that leases go by."""
 
-from service.jobs import Jobs, Request
+from service.job import Request
+from service.jobs import Jobs
 
 LEASE_S = 60.0
 REQUEST = Request("knn", "flowers", {"k": [1]}, 0, "m" * 64, "cpu")

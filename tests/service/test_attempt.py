@@ -13,7 +13,8 @@ import pytest
 from service import attempt as attempt_module
 from service.attempt import JobRefused, Limits, attempt
 from service.gallery.protocol import StorageError
-from service.jobs import MAX_ATTEMPTS, Job, Jobs, Lease, Request
+from service.job import Job, Lease, Request
+from service.jobs import MAX_ATTEMPTS, Jobs
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_evaluate.py")))
 ROOT = Path(__file__).parents[2]

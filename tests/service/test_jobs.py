@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs import (
-    CANCEL_S,
-    MAX_ATTEMPTS,
-    RING_AGAIN_S,
-    RING_TOGETHER,
-    JobConflict,
-    Jobs,
-    JobsFull,
-    Request,
-)
+from service.job import JobConflict, JobsFull, Request
+from service.jobs import CANCEL_S, MAX_ATTEMPTS, RING_AGAIN_S, RING_TOGETHER, Jobs
 from tests.service.requested_jobs import LEASE_S, REQUEST, Clock, status, submitted
 
 

@@ -16,7 +16,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from service.jobs import ENDED, MAX_ATTEMPTS, Jobs
+from service.job import ENDED
+from service.jobs import MAX_ATTEMPTS, Jobs
 from tests.service.requested_jobs import LEASE_S, Clock, status, submitted
 
 SHM = Path("/dev/shm")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from service.doorbell import Doorbell, celery_application, refusal
-from service.jobs import CPU, GPU, MAX_ATTEMPTS, Jobs, Request
+from service.job import CPU, GPU, Request
+from service.jobs import MAX_ATTEMPTS, Jobs
 from service.settings import Settings
 from service.worker import STUCK_EXIT, Worker
 from tests.faults.brokers import Redis
