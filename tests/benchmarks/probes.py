@@ -121,8 +121,8 @@ if __name__ == "__main__":
     import numpy as np
     import torch
 
-    from trainer.evaluation.job import LinearProbeSettings
     from trainer.evaluation.logistic import choose_c, fit_logistic
+    from trainer.evaluation.protocol_settings import LinearProbeSettings
     from trainer.evaluation.sgd_heads import HeadBatch, Heads, train_heads
     from trainer.evaluation.votes import QUERIES_TOGETHER, knn_votes, unit_rows
     from trainer.host_memory import keep_freed_memory

@@ -11,7 +11,7 @@ import numpy as np
 from trainer.datasets import DataError, ImageSource
 from trainer.datasets.files import from_files
 from trainer.datasets.source import unusable_name
-from trainer.evaluation.job import TEST, TRAIN, Cub200Dataset
+from trainer.evaluation.dataset_specs import TEST, TRAIN, Cub200Dataset
 
 IMAGES = "images.txt"  # `1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg` a line
 LABELS = "image_class_labels.txt"  # `1 1` a line: the image, its class

@@ -19,7 +19,7 @@ from trainer.datasets.files import open_folder, open_list
 from trainer.datasets.shards import expand_braces, open_shards
 from trainer.datasets.source import SUFFIXES, classes_of
 from trainer.evaluation.cub200 import open_cub200
-from trainer.evaluation.job import (
+from trainer.evaluation.dataset_specs import (
     TEST,
     TRAIN,
     VALIDATION,

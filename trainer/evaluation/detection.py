@@ -20,6 +20,7 @@ from trainer.evaluation.box_precision import (
     overlaps,
 )
 from trainer.evaluation.context import Evaluation
+from trainer.evaluation.dataset_specs import TEST, TRAIN
 from trainer.evaluation.detector import build_detector
 from trainer.evaluation.detector_training import (
     Losses,
@@ -29,9 +30,10 @@ from trainer.evaluation.detector_training import (
     train_detector,
 )
 from trainer.evaluation.features import usable_images
-from trainer.evaluation.job import TEST, TRAIN, DetectionSettings, JobError
+from trainer.evaluation.job import JobError
 from trainer.evaluation.labelled import Boxes
 from trainer.evaluation.outcome import MISTAKES, Curve, Mistake, Outcome, Result, bootstrap
+from trainer.evaluation.protocol_settings import DetectionSettings
 
 BOOTSTRAP_DRAWS = 100  # each sorts nothing, and counts every detection
 AT50, AT75 = 0, 5  # places in OVERLAPS

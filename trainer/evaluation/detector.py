@@ -13,7 +13,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
 from trainer.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
-from trainer.evaluation.job import DetectionSettings, JobError
+from trainer.evaluation.job import JobError
+from trainer.evaluation.protocol_settings import DetectionSettings
 
 # detectron2's for C4: proposals before and after suppression, in training and at the test.
 BEFORE_TRAIN, AFTER_TRAIN, BEFORE_TEST, AFTER_TEST = 12_000, 2_000, 6_000, 1_000

@@ -17,10 +17,11 @@ from torchvision.models.detection import FasterRCNN
 from trainer.datasets import DataError
 from trainer.evaluation.box_precision import Detections
 from trainer.evaluation.context import Evaluation
+from trainer.evaluation.dataset_specs import TEST, TRAIN
 from trainer.evaluation.detector import sized
-from trainer.evaluation.job import TEST, TRAIN, DetectionSettings
 from trainer.evaluation.labelled import Boxes
 from trainer.evaluation.outcome import EvaluationError
+from trainer.evaluation.protocol_settings import DetectionSettings
 from trainer.evaluation.sgd_heads import falls_after
 from trainer.evaluation.whole_pictures import decode_whole
 

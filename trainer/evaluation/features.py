@@ -19,7 +19,7 @@ from trainer.datasets import DataError, Skipped
 from trainer.decoding import prepared_or_reasons
 from trainer.encoder import pixels_from_uint8
 from trainer.evaluation.context import Evaluation, Network
-from trainer.evaluation.job import TRAIN
+from trainer.evaluation.dataset_specs import TRAIN
 from trainer.evaluation.labelled import fingerprint_of
 from trainer.evaluation.layers import Encode, encode_with
 from trainer.representation.artifact import ArtifactError, open_artifact, write_artifact

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from trainer.encoder import Encoder
 from trainer.evaluation.context import Evaluation
+from trainer.evaluation.dataset_specs import TEST
 from trainer.evaluation.features import embed_all, usable_images
-from trainer.evaluation.job import TEST
 from trainer.evaluation.outcome import Curve, EvaluationError
 from trainer.evaluation.sgd_heads import INITIAL_DEVIATION
 from trainer.evaluation.views import RESIDENT_LIMIT_BYTES, TrainingViews

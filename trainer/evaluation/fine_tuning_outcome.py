@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.encoder import Encoder
 from trainer.evaluation.context import Evaluation
+from trainer.evaluation.dataset_specs import TEST
 from trainer.evaluation.features import Extracted, labels_of
 from trainer.evaluation.fine_tuning import (
     Classifier,
@@ -23,8 +24,8 @@ from trainer.evaluation.fine_tuning import (
     fine_tune,
     score_test,
 )
-from trainer.evaluation.job import TEST, SemiSupervisedSettings, TransferSettings
 from trainer.evaluation.outcome import Outcome, classified
+from trainer.evaluation.protocol_settings import SemiSupervisedSettings, TransferSettings
 from trainer.evaluation.views import TrainingViews
 
 LAST, BEST = "last epoch", "best on validation"

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.evaluation.context import Evaluation, Network
+from trainer.evaluation.dataset_specs import TEST, TRAIN
 from trainer.evaluation.features import extract, labels_of
-from trainer.evaluation.job import TEST, TRAIN, KnnSettings
 from trainer.evaluation.outcome import Outcome, Result, classified
+from trainer.evaluation.protocol_settings import KnnSettings
 from trainer.evaluation.votes import knn_votes, unit_rows
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.datasets import ImageSource
-from trainer.evaluation.job import TEST, TRAIN, VALIDATION, JobError
+from trainer.evaluation.dataset_specs import TEST, TRAIN, VALIDATION
+from trainer.evaluation.job import JobError
 
 
 class Boxes(NamedTuple):

@@ -13,7 +13,7 @@ from trainer.datasets import DataError, ImageSource
 from trainer.datasets.files import from_files
 from trainer.datasets.source import Skipped, classes_of, printable, unusable_name
 from trainer.datasets.tables import open_tables
-from trainer.evaluation.job import TEST, TRAIN, VALIDATION, TableDataset
+from trainer.evaluation.dataset_specs import TEST, TRAIN, VALIDATION, TableDataset
 
 # What a split column may say.
 _SPLIT_WORDS = {

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from trainer.datasets import split as divide
 from trainer.evaluation.context import Evaluation, Network
+from trainer.evaluation.dataset_specs import TEST, TRAIN, VALIDATION
 from trainer.evaluation.features import Extracted, extract, labels_of
-from trainer.evaluation.job import TEST, TRAIN, VALIDATION, LinearProbeSettings
 from trainer.evaluation.layers import encode_with, expanded
 from trainer.evaluation.logistic import Fitted, choose_c, fit_logistic
 from trainer.evaluation.outcome import Curve, Outcome, Result, classified
+from trainer.evaluation.protocol_settings import LinearProbeSettings
 from trainer.evaluation.sgd_heads import HeadBatch, Heads, train_heads
 from trainer.evaluation.views import TrainingViews
 

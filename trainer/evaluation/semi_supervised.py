@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from trainer.datasets import DataError
 from trainer.evaluation.context import Evaluation
+from trainer.evaluation.dataset_specs import TRAIN, VALIDATION
 from trainer.evaluation.features import Extracted, labels_of
 from trainer.evaluation.fine_tuning import HeldImages, rates_of
 from trainer.evaluation.fine_tuning_outcome import fine_tuning_outcome
-from trainer.evaluation.job import TRAIN, VALIDATION, SemiSupervisedSettings
 from trainer.evaluation.outcome import Outcome
+from trainer.evaluation.protocol_settings import SemiSupervisedSettings
 from trainer.evaluation.sgd_heads import falls_after
 from trainer.evaluation.views import TrainingViews, resized_crops
 

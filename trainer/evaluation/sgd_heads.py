@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.evaluation.job import LinearProbeSettings
 from trainer.evaluation.outcome import EvaluationError
+from trainer.evaluation.protocol_settings import LinearProbeSettings
 
 # The authors' epochs after which the rate falls, as shares of their 120.
 AUTHORS_MILESTONES = (50 / 120, 80 / 120, 100 / 120)

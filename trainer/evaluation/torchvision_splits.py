@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from trainer.datasets import ImageSource
 from trainer.datasets.torchvision_sets import TORCHVISION_SETS, open_torchvision_set
-from trainer.evaluation.job import TEST, TRAIN, VALIDATION
+from trainer.evaluation.dataset_specs import TEST, TRAIN, VALIDATION
 
 
 class _Published(NamedTuple):

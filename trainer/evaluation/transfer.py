@@ -9,11 +9,12 @@ import numpy as np
 
 from trainer.datasets import split as divide
 from trainer.evaluation.context import Evaluation
+from trainer.evaluation.dataset_specs import TRAIN, VALIDATION
 from trainer.evaluation.features import Extracted, labels_of
 from trainer.evaluation.fine_tuning import HeldImages, rates_of
 from trainer.evaluation.fine_tuning_outcome import fine_tuning_outcome
-from trainer.evaluation.job import TRAIN, VALIDATION, TransferSettings
 from trainer.evaluation.outcome import Outcome
+from trainer.evaluation.protocol_settings import TransferSettings
 from trainer.evaluation.sgd_heads import falls_after
 from trainer.evaluation.views import TrainingViews, random_crops, resized_crops
 

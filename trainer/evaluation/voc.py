@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.datasets import DataError
 from trainer.datasets.files import from_files
-from trainer.evaluation.job import TEST, TRAIN, VocDataset
+from trainer.evaluation.dataset_specs import TEST, TRAIN, VocDataset
 from trainer.evaluation.labelled import Boxes, LabelledSplit
 
 VOC_CLASSES = (

@@ -21,10 +21,12 @@ from trainer.evaluation.average_precision import (
     precision_and_recall,
 )
 from trainer.evaluation.context import Evaluation, Network
+from trainer.evaluation.dataset_specs import TEST, TRAIN
 from trainer.evaluation.features import Extracted, extract
-from trainer.evaluation.job import TEST, TRAIN, JobError, Voc07Settings
+from trainer.evaluation.job import JobError
 from trainer.evaluation.layers import expanded
 from trainer.evaluation.outcome import Curve, EvaluationError, Outcome, Result, bootstrap
+from trainer.evaluation.protocol_settings import Voc07Settings
 from trainer.evaluation.votes import unit_rows
 
 Rows = NDArray[np.float32]

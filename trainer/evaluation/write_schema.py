@@ -1,8 +1,9 @@
 """Write service/evaluation_job.schema.json: what a job may hold, for programs without the trainer.
 
-Run: python -m trainer.evaluation.write_schema. In: the models of trainer.evaluation.job, the single
-source. Out: their JSON Schema (draft 2020-12), of which the service checks settings and registered
-data sets. A test fails when the checked-in copy has drifted from the models.
+Run: python -m trainer.evaluation.write_schema. In: the models of trainer.evaluation.job and its
+parts, the single source. Out: their JSON Schema (draft 2020-12), of which the service checks
+settings and registered data sets. A test fails when the checked-in copy has drifted from the
+models.
 """
 
 import json

@@ -31,9 +31,10 @@ from trainer.evaluation.detector_training import (
     train_detector,
     training_batches,
 )
-from trainer.evaluation.job import DetectionSettings, JobError
+from trainer.evaluation.job import JobError
 from trainer.evaluation.labelled import Boxes
 from trainer.evaluation.outcome import EvaluationError
+from trainer.evaluation.protocol_settings import DetectionSettings
 
 Make = Callable[..., Evaluation]
 Run = Callable[..., tuple[int, list[dict[str, Any]], Path]]

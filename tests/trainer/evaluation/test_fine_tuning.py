@@ -13,8 +13,8 @@ import torch
 
 from trainer.evaluation.context import Evaluation, state_digest
 from trainer.evaluation.fine_tuning import Classifier, HeldImages, Rates, fine_tune, rates_of
-from trainer.evaluation.job import SemiSupervisedSettings, TransferSettings
 from trainer.evaluation.outcome import EvaluationError
+from trainer.evaluation.protocol_settings import SemiSupervisedSettings, TransferSettings
 from trainer.evaluation.views import TrainingViews
 
 Make = Callable[..., Evaluation]

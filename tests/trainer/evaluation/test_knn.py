@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.context import Evaluation
-from trainer.evaluation.job import KnnSettings
 from trainer.evaluation.knn import knn
 from trainer.evaluation.labelled import LabelledSplit
+from trainer.evaluation.protocol_settings import KnnSettings
 from trainer.evaluation.votes import knn_votes, unit_rows
 from trainer.representation.protocols import weighted_knn_votes
 

@@ -18,12 +18,13 @@ from trainer.datasets import split as divide
 from trainer.encoder import build_encoder
 from trainer.evaluation.context import Evaluation
 from trainer.evaluation.features import extract
-from trainer.evaluation.job import JobError, LinearProbeSettings
+from trainer.evaluation.job import JobError
 from trainer.evaluation.labelled import LabelledSplit
 from trainer.evaluation.layers import encode_with, expanded
 from trainer.evaluation.linear_probe import linear_probe
 from trainer.evaluation.logistic import choose_c, fit_logistic, standardised_by
 from trainer.evaluation.outcome import EvaluationError, Outcome
+from trainer.evaluation.protocol_settings import LinearProbeSettings
 from trainer.evaluation.sgd_heads import HeadBatch, Heads, train_heads
 
 Make = Callable[..., Evaluation]

@@ -15,8 +15,8 @@ import pytest
 
 from trainer.datasets import DataError
 from trainer.evaluation.context import Evaluation
-from trainer.evaluation.job import SemiSupervisedSettings
 from trainer.evaluation.labelled import LabelledSplit
+from trainer.evaluation.protocol_settings import SemiSupervisedSettings
 from trainer.evaluation.semi_supervised import labelled_rows, semi_supervised
 
 Make = Callable[..., Evaluation]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from trainer.evaluation.context import Evaluation
-from trainer.evaluation.job import TransferSettings
 from trainer.evaluation.labelled import LabelledSplit
+from trainer.evaluation.protocol_settings import TransferSettings
 from trainer.evaluation.transfer import transfer
 from trainer.evaluation.views import random_crops, resized_crops
 

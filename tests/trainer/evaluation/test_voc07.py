@@ -12,7 +12,8 @@ import pytest
 
 from trainer.datasets import DataError
 from trainer.evaluation.context import Evaluation
-from trainer.evaluation.job import JobError, Voc07Settings
+from trainer.evaluation.job import JobError
+from trainer.evaluation.protocol_settings import Voc07Settings
 from trainer.evaluation.voc07 import _choose_c, mean_average_precision, voc07_svm
 
 CLASSES = ["dark", "light"]
