@@ -2,8 +2,8 @@
 
 In: frames on the socket given as a file descriptor, each one encoded image. Out: for each a frame
 with the pixels, and one with a thumbnail where asked for, or the reason of a refusal. Only bytes
-cross, nothing is ever unpickled: the child handles what strangers send. Started by service.decode;
-imports nothing heavier than Pillow.
+cross, nothing is ever unpickled: the child handles what strangers send. Started by
+service.decoder_child; imports nothing heavier than Pillow.
 """
 
 import contextlib

@@ -23,7 +23,7 @@ from service.bulk.parts import Output, OutputError, Plan
 from service.bulk.progress import Progress
 from service.bulk.sources import Source, SourceError, open_source
 from service.bulk.tables import TableError
-from service.decode import DecoderUnavailable
+from service.decoder_child import DecoderUnavailable
 from service.embedder import Embedder, EmbedderError
 from service.serving import load_embedder
 from service.settings import Settings

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from service.admission import Rates
 from service.batching import Batcher, QueueFull, WaitTooLong
 from service.bodies import EncodedImages
-from service.decode import DecoderPool, DecodersBusy, DecoderUnavailable
+from service.decode import DecoderPool, DecodersBusy
+from service.decoder_child import DecoderUnavailable
 from service.embedder import Embedded, Embedder
 from service.errors import RETRY_AFTER_S, Problem, queue_full
 from service.observability import Metrics

@@ -24,7 +24,7 @@ from service.catch_up import CatchUp, min_version_of
 from service.dataset_counts import counting
 from service.datasets import Registry
 from service.deadline import Deadline
-from service.decode import DecoderUnavailable
+from service.decoder_child import DecoderUnavailable
 from service.doorbell import BrokerError
 from service.embedded_worker import EmbeddedWorker
 from service.embedder import Embedder, EmbedderError

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.admission import Rates
-from service.decode import DecoderUnavailable
+from service.decoder_child import DecoderUnavailable
 from service.embedder import EmbedderError
 from service.errors import Problem
 from service.gallery.database import Database

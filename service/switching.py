@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from service.decode import DecoderUnavailable
+from service.decoder_child import DecoderUnavailable
 from service.embedder import EmbedderError
 from service.gallery.database import Database
 from service.gallery.logged import LoggedGallery

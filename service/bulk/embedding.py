@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from service.bulk.parts import Rejected
 from service.bulk.sources import Source, Unreadable
-from service.decode import DecoderPool, Pixels
+from service.decode import DecoderPool
+from service.decoder_child import Pixels
 from service.embedder import CPU, Embedder
 from service.settings import Settings
 from trainer.representation.preprocess import ImageRejected

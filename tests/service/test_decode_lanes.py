@@ -12,6 +12,8 @@ from PIL import Image
 
 from service import decode as decode_module
 from service.decode import DecodersBusy
+from service.decoder_child import DecoderChild
+from service.decoder_lanes import DecodeJob, Lanes
 from tests.service.decoder_pools import CONTRACT, WAIT_S, make_pool
 from trainer.representation.preprocess import ImageRejected, prepare
 
@@ -29,7 +31,7 @@ def test_pool__large_images_are_decoded_one_at_a_time_and_small_ones_pass_them(
     large = [large_picture(shade) for shade in (10, 20)]
     pool = make_pool(size=2, max_pixels=10_000_000)
     lock, busy, most, large_out = threading.Lock(), set(), [0], [0]
-    real = decode_module._Child.decode
+    real = DecoderChild.decode
 
     def watched(child: object, image: bytes, *arguments: object, large: bool) -> object:
         with lock:
@@ -44,7 +46,7 @@ def test_pool__large_images_are_decoded_one_at_a_time_and_small_ones_pass_them(
                 busy.discard(id(child))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_module._Child, "decode", watched)
+        patch.setattr(DecoderChild, "decode", watched)
         try:
             futures = [pool.submit(image) for image in (*large, *large, picture(1), picture(2))]
             for future, shade in zip(futures, (10, 20, 10, 20), strict=False):
@@ -62,7 +64,7 @@ def test_pool__refuses_a_large_image_behind_too_many_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
-    real = decode_module._Child.decode
+    real = DecoderChild.decode
 
     def held(child: object, *arguments: object, large: bool) -> object:
         if large:
@@ -70,7 +72,7 @@ def test_pool__refuses_a_large_image_behind_too_many_of_others(
             assert gate.wait(WAIT_S)
         return real(child, *arguments, large=large)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode_module._Child, "decode", held)
+    monkeypatch.setattr(DecoderChild, "decode", held)
     pool = make_pool(size=2, max_pixels=10_000_000, max_large_waiting=1)
     alice, bob = object(), object()
     try:
@@ -95,7 +97,7 @@ def test_pool__refuses_a_large_image_that_waited_too_long_behind_others(
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
     queued = threading.Event()
-    real = decode_module._Child.decode
+    real = DecoderChild.decode
 
     def held(child: object, *arguments: object, large: bool) -> object:
         if large and not entered.is_set():
@@ -103,15 +105,15 @@ def test_pool__refuses_a_large_image_that_waited_too_long_behind_others(
             assert gate.wait(WAIT_S)
         return real(child, *arguments, large=large)  # type: ignore[arg-type]
 
-    put = decode_module._Lanes.put
+    put = Lanes.put
 
-    def noted(lanes: decode_module._Lanes, job: decode_module._Job) -> None:
+    def noted(lanes: Lanes, job: DecodeJob) -> None:
         put(lanes, job)
         if job.large and entered.is_set():
             queued.set()
 
-    monkeypatch.setattr(decode_module._Child, "decode", held)
-    monkeypatch.setattr(decode_module._Lanes, "put", noted)
+    monkeypatch.setattr(DecoderChild, "decode", held)
+    monkeypatch.setattr(Lanes, "put", noted)
     monkeypatch.setattr(decode_module, "LARGE_WAIT_S", longest_wait_s)
     pool = make_pool(size=2, max_pixels=10_000_000, max_large_waiting=1)
     try:
@@ -135,13 +137,13 @@ def test_pool__refuses_before_decoding_what_no_decoder_has_the_memory_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    real = decode_module._Child.decode
+    real = DecoderChild.decode
 
     def noted(child: object, *arguments: object, large: bool) -> object:
         asked.append(large)
         return real(child, *arguments, large=large)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode_module._Child, "decode", noted)
+    monkeypatch.setattr(DecoderChild, "decode", noted)
     pool = make_pool(memory_bytes=2**28, max_pixels=100_000_000)
     buffer = io.BytesIO()
     Image.new("RGB", (3000, 3000)).save(buffer, "WEBP", method=0, lossless=True)  # 162 MB of 134
@@ -154,10 +156,10 @@ def test_pool__refuses_before_decoding_what_no_decoder_has_the_memory_for(
 
 
 def test_lanes__the_oldest_that_may_start() -> None:
-    lanes = decode_module._Lanes()
+    lanes = Lanes()
 
-    def job(arrived: float, *, large: bool = False) -> decode_module._Job:
-        made = decode_module._Job(b"", Future(), 0.0, arrived, None, large)
+    def job(arrived: float, *, large: bool = False) -> DecodeJob:
+        made = DecodeJob(b"", Future(), 0.0, arrived, None, large)
         lanes.put(made)
         return made
 

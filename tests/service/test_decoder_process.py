@@ -13,7 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from service.decode import DecoderPool, DecoderUnavailable
+from service.decode import DecoderPool
+from service.decoder_child import DecoderUnavailable
 from service.decoder_process import receive_frame, send_frame
 from tests.service.decoder_pools import CONTRACT, WAIT_S, make_pool
 from trainer.representation.preprocess import ImageRejected, prepare
