@@ -6,19 +6,14 @@ synchronised), makes the next snapshot, swaps it in by reference, and only then 
 nothing waits it looks what others have written. Readers take the reference and never wait.
 """
 
-import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import faiss
 import numpy as np
-import orjson
 import structlog
 
 from service.gallery.changes import Plan, columns, imported, replay
@@ -26,6 +21,7 @@ from service.gallery.choice import SearchOptions
 from service.gallery.database import Database
 from service.gallery.faiss_index import FaissSnapshot
 from service.gallery.generations import DIRECTORY, remove_others
+from service.gallery.kept_answers import KeptAnswers, recalled
 from service.gallery.levels import advance
 from service.gallery.oplog import OperationsLog, Writing, open_active
 from service.gallery.protocol import (
@@ -42,15 +38,11 @@ from service.gallery.protocol import (
 )
 from service.gallery.rows import Operation, Remembered, galleries_of
 from service.gallery.upkeep import Grown, Upkeep
+from service.gallery.writer_queue import Waiting, WriterQueue
 from trainer.representation.bundle import Bundle
 
-# Requests written in one transaction: one synchronisation (about 7 ms) is shared by so many.
-GROUP_REQUESTS = 64
 _DAMAGE_NOTE = "restart the service when the log is mended"
 
-_Waiting = tuple[Change, "Future[Applied]"]
-_Look = Literal["look"]  # for what others have written
-_Replacing = tuple[Grown, "Future[None]"]  # of the snapshot, by one that holds the same items
 _log = structlog.get_logger("service.gallery")
 
 
@@ -90,15 +82,12 @@ class LoggedGallery:
     ) -> None:
         self.model_id = bundle.model_id
         self._bundle = bundle
-        self._clock = clock
-        self._ttl_s = idempotency_ttl_s
         self._follow_interval_s = follow_interval_s
         self._max_staleness_s = max_staleness_s
         self._listeners: list[Callable[[Snapshot], None]] = []
-        self._remembered: dict[str, Remembered] = {}
+        self._answers = KeptAnswers(ttl_s=idempotency_ttl_s, clock=clock)
         self._search = search or SearchOptions()
-        self._queue: queue.Queue[_Waiting | _Replacing | _Look | None] = queue.Queue(max_pending)
-        self._look_asked = threading.Event()
+        self._queue = WriterQueue(max_pending)
         self._failure: Exception | None = None
         self._unreachable: str | None = None  # why the database is, while it is
         self._in_step_at = time.monotonic()
@@ -136,16 +125,11 @@ class LoggedGallery:
 
         What another process has answered is found when the change is written.
         """
-        kept = self._remembered.get(idempotency.key)
-        if kept is None or kept.created_at < self._clock() - self._ttl_s:
-            return None
-        return _recalled(kept, idempotency)
+        return self._answers.recall(idempotency)
 
     def apply(self, change: Change) -> "Future[Applied]":
         """Queue a change; see protocol.Gallery."""
-        future: Future[Applied] = Future()
-        self._queue.put_nowait((change, future))
-        return future
+        return self._queue.put(change)
 
     def picture(self, item_id: str, kind: PictureKind) -> bytes | None:
         """A picture of an item; see protocol.Gallery."""
@@ -194,16 +178,13 @@ class LoggedGallery:
 
     def refresh(self) -> None:
         """Look soon for what others have written; see protocol.Gallery."""
-        if self.database.is_shared and not self._look_asked.is_set():
-            self._look_asked.set()
-            # Where changes wait, the next one of them takes over what others have written.
-            with contextlib.suppress(queue.Full):
-                self._queue.put_nowait("look")
+        if self.database.is_shared:
+            self._queue.look()
 
     def close(self) -> None:
         """Finish what is queued and release the log and the lock."""
         self._upkeep.stop()
-        self._queue.put(None)
+        self._queue.end()
         self._writer.join()
         self._upkeep.close(self._snapshot)
         self._release()
@@ -219,12 +200,7 @@ class LoggedGallery:
 
     def _replaced(self, grown: Grown) -> "Future[None]":
         """Have the writer apply a function to its snapshot."""
-        done: Future[None] = Future()
-        while not self._upkeep.is_stopping:
-            with contextlib.suppress(queue.Full):
-                self._queue.put((grown, done), timeout=0.2)
-                break
-        return done
+        return self._queue.replace(grown, is_stopping=lambda: self._upkeep.is_stopping)
 
     def _damaged(self, error: Exception) -> None:
         """The log was read again and is not what it was: nothing is added to it any more."""
@@ -255,8 +231,8 @@ class LoggedGallery:
             return
         self._snapshot = first
         opened.set_result(first)
-        while (group := self._next_group()) is not None:
-            self._look_asked.clear()  # whoever asks from here on is answered by the next round
+        look_after_s = self._follow_interval_s if self.database.is_shared else None
+        while (group := self._queue.next_group(self._grow, timeout_s=look_after_s)) is not None:
             if group:
                 self._commit(group)
             else:
@@ -273,7 +249,7 @@ class LoggedGallery:
     def _load(self, log: OperationsLog) -> FaissSnapshot:
         started = time.perf_counter()
         log.check_end()
-        self._remembered = {entry.key: entry for entry in log.remembered()}
+        self._answers.load(log.remembered())
         self._upkeep = Upkeep(
             log, self._search, gpu=self._gpu, replaced=self._replaced, on_damage=self._damaged
         )
@@ -293,47 +269,7 @@ class LoggedGallery:
         )
         return snapshot
 
-    def _next_group(self) -> list[_Waiting] | None:
-        """The next changes; none of them when it is time to look what others wrote; None: end."""
-        try:
-            first = self._next_entry(self._follow_interval_s if self.database.is_shared else None)
-        except queue.Empty:
-            return []
-        if first is None:
-            return None
-        group = [first]
-        while len(group) < GROUP_REQUESTS:
-            try:
-                entry = self._next_entry(0)
-            except queue.Empty:
-                break
-            if entry is None:
-                self._queue.put(None)  # seen again after this group
-                break
-            group.append(entry)
-        return [entry for entry in group if entry[1].set_running_or_notify_cancel()]
-
-    def _next_entry(self, timeout_s: float | None) -> _Waiting | None:
-        """The next change, None for the end; what replaces the snapshot is done on the way.
-
-        Raises:
-            queue.Empty: nothing came in that time, or somebody wants a look at the log.
-        """
-        while True:
-            entry = self._queue.get(block=timeout_s != 0, timeout=timeout_s or None)
-            if entry == "look":
-                raise queue.Empty
-            if entry is None or isinstance(entry[0], Change):
-                return entry
-            grown, done = entry
-            try:
-                self._publish(grown(self._snapshot))
-            except Exception as error:  # noqa: BLE001 - handed to whoever asked for it
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-    def _commit(self, group: list[_Waiting]) -> None:
+    def _commit(self, group: list[Waiting]) -> None:
         outcomes: list[Applied | Exception]
         try:
             if self._failure is not None:
@@ -359,7 +295,7 @@ class LoggedGallery:
         """Work out what each change does, write all of it, make the next snapshot."""
         outcomes: list[Applied | Exception] = []
         fresh: dict[str, Remembered] = {}
-        horizon = self._clock() - self._ttl_s
+        horizon = self._answers.horizon()
         seen_at = time.monotonic()
         with self._log.writing() as transaction:
             base = self._advanced(transaction.operations(self._snapshot.version))
@@ -382,11 +318,7 @@ class LoggedGallery:
                 )
         # On disk. What follows is in memory only.
         self._in_step_at = seen_at
-        self._remembered = {
-            key: entry
-            for key, entry in {**self._remembered, **fresh}.items()
-            if entry.created_at >= horizon
-        }
+        self._answers.keep(fresh, horizon)
         self._publish(self._advance(base, plans[-1]) if plans[-1].operations else base)
         return outcomes
 
@@ -398,12 +330,11 @@ class LoggedGallery:
             if key is None:
                 return plan.add(change)
             if key.key in fresh:  # repeated within this group
-                return _recalled(fresh[key.key], key)
-            done = self.recall(key)
+                return recalled(fresh[key.key], key)
+            done = self._answers.recall(key)
             if done is None:
                 done = plan.add(change)
-                answer = orjson.dumps(asdict(done))
-                fresh[key.key] = Remembered(key.key, key.digest, answer, self._clock())
+                fresh[key.key] = self._answers.entry(key, done)
             return done
         except (IdempotencyConflict, TooManyMatches) as refusal:
             return refusal
@@ -412,7 +343,7 @@ class LoggedGallery:
         """Learn what other processes answered under the keys of these changes."""
         if self.database.is_shared:
             keys = [c.idempotency.key for c in changes if c.idempotency is not None]
-            self._remembered.update((e.key, e) for e in transaction.answers(keys))
+            self._answers.learn(transaction.answers(keys))
 
     def _follow(self) -> None:
         """Take over what others have written."""
@@ -444,6 +375,9 @@ class LoggedGallery:
             plan.follow(seq, operation)
         return self._advance(snapshot, plan)
 
+    def _grow(self, grown: Grown) -> None:
+        self._publish(grown(self._snapshot))
+
     def _publish(self, snapshot: FaissSnapshot) -> None:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
@@ -459,16 +393,3 @@ class LoggedGallery:
             fresh=columns(list(plan.upserts.values()), self._bundle.embedding_dim),
             version=plan.last_seq,
         )
-
-
-def _recalled(kept: Remembered, asked: Idempotency) -> Applied:
-    """The answer of a request.
-
-    Raises:
-        IdempotencyConflict: the key stands for another request.
-    """
-    if kept.digest != asked.digest:
-        raise IdempotencyConflict(asked.key)
-    answer: dict[str, Any] = orjson.loads(kept.answer)
-    missing, rejected = tuple(answer.pop("missing")), tuple(answer.pop("rejected"))
-    return Applied(**answer, missing=missing, rejected=rejected)

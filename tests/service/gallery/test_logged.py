@@ -154,7 +154,7 @@ def test_gallery__bounds_what_waits(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gallery = LoggedGallery(tmp_path, bundle, max_pending=1)
-    monkeypatch.setattr(gallery, "_queue", queue.Queue(1))  # which nobody empties
+    monkeypatch.setattr(gallery._queue, "_entries", queue.Queue(1))  # which nobody empties
     gallery.apply(Change(deletes=["a"]))
     with pytest.raises(queue.Full):
         gallery.apply(Change(deletes=["a"]))
