@@ -119,7 +119,7 @@ def test_secrets__have_no_default(services: dict[str, dict[str, Any]]) -> None:
 
 def test_proxy__gives_up_idle_connections_before_the_service_does() -> None:
     """Else a request is sent on one that is being closed, and a POST is not sent twice."""
-    text = (ROOT / "deploy" / "nginx" / "nginx.conf").read_text()
+    text = (ROOT / "deploy" / "nginx" / "replicas.conf").read_text()
     (upstream,) = re.findall(r"upstream replicas \{(.*?)\n    \}", text, re.S)
     (kept_s,) = re.findall(r"keepalive_timeout (\d+)s", upstream)
     assert int(kept_s) + 1 < uvicorn.Config(app="").timeout_keep_alive

@@ -43,7 +43,9 @@ BINARY_SUFFIXES = (".png", ".jpg", ".webp", ".ico", ".npy")
 IN_CONTAINERS = (
     "deploy/service.Dockerfile",
     "deploy/trainer.Dockerfile",
+    "deploy/nginx/both.conf",
     "deploy/nginx/nginx.conf",
+    "deploy/nginx/replicas.conf",
     "deploy/nginx/start",
 )
 LARGEST_BYTES = 1_000_000  # data sets and weights do not belong here
