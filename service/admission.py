@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import CALLER, Caller
 from service.errors import RETRY_AFTER_S, Problem, over_limit
-from service.observability import Metrics
+from service.metrics import Metrics
 from service.settings import IMAGES_WINDOW_S, Settings
 
 # What CPython takes for small ones, with their place in another; tests/service/test_admission.py

@@ -20,7 +20,7 @@ from service.errors import Problem, queue_full
 from service.gallery.protocol import StorageError
 from service.job import CPU, GPU, QUEUES, Job, JobConflict, JobsFull, Request
 from service.jobs import SWEEP_S, Jobs
-from service.observability import Metrics
+from service.metrics import Metrics
 from service.settings import Settings
 
 SCHEMA_FILE = Path(__file__).with_name("evaluation_job.schema.json")

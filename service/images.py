@@ -22,7 +22,7 @@ from service.decode import DecoderPool, DecodersBusy
 from service.decoder_child import DecoderUnavailable
 from service.embedder import Embedded, Embedder
 from service.errors import RETRY_AFTER_S, Problem, queue_full
-from service.observability import Metrics
+from service.metrics import Metrics
 from service.settings import Settings
 from trainer.representation.preprocess import ImageRejected
 

@@ -15,7 +15,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.errors import RETRY_AFTER_S, Problem, over_limit
-from service.observability import SECURITY_HEADERS, Metrics
+from service.metrics import Metrics
+from service.observability import SECURITY_HEADERS
 from service.settings import Settings
 
 MAX_PIPELINED = 16  # requests read ahead on one connection while another is answered

@@ -8,8 +8,6 @@ routes, and the state of every check for /readyz. Parts are loaded in the backgr
 import asyncio
 import contextlib
 import contextvars
-import importlib.metadata
-import queue
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -28,34 +26,29 @@ from service.decoder_child import DecoderUnavailable
 from service.doorbell import BrokerError
 from service.embedded_worker import EmbeddedWorker
 from service.embedder import Embedder, EmbedderError
-from service.errors import RETRY_AFTER_S, Problem, over_limit, queue_full
+from service.errors import RETRY_AFTER_S, Problem, queue_full
 from service.evaluations import Evaluations
-from service.gallery.choice import SearchOptions
+from service.galleries import open_logged, open_milvus, report
 from service.gallery.database import Database, make_state
 from service.gallery.logged import LoggedGallery
-from service.gallery.milvus_gallery import MilvusGallery, open_store
 from service.gallery.oplog import OperationsLog
 from service.gallery.protocol import (
     Applied,
     Change,
     Gallery,
     GalleryError,
-    GalleryRetired,
-    GalleryUnreachable,
-    IdempotencyConflict,
-    ItemsChanged,
     Snapshot,
     StorageError,
-    TooManyMatches,
-    Unsupported,
 )
+from service.gallery_problems import search_problems, storage_problems
 from service.graph_keeper import GraphKeeper
 from service.groupings import Groupings
 from service.images import ImagePath
 from service.jobs import Jobs
 from service.keys import ApiKeys
 from service.map import Maps
-from service.observability import Metrics, watch_event_loop
+from service.metrics import Metrics
+from service.observability import watch_event_loop
 from service.serving import Serving, load_embedder, pinned
 from service.settings import Settings
 from service.switching import Switch, clear_unfinished
@@ -268,22 +261,13 @@ class Runtime:
             Problem: queue_full; of a gallery past one machine unsupported_by_gallery,
                 gallery_changed, gallery_unreachable.
         """
-        try:
-            # With what the request has pinned.
-            context = contextvars.copy_context()
-            return await self._compute.run(context.run, function, *arguments)
-        except QueueFull as full:
-            raise queue_full("searches", full.limit, "max_pending") from None
-        except Unsupported as error:
-            raise Problem("unsupported_by_gallery", str(error)) from None
-        except ItemsChanged as error:
-            raise Problem(
-                "gallery_changed", f"{error}; send the request again", retry_after_s=RETRY_AFTER_S
-            ) from None
-        except GalleryUnreachable as error:
-            raise Problem(
-                "gallery_unreachable", f"{error}; send the request again", retry_after_s=5
-            ) from None
+        # With what the request has pinned.
+        context = contextvars.copy_context()
+        with search_problems():
+            try:
+                return await self._compute.run(context.run, function, *arguments)
+            except QueueFull as full:
+                raise queue_full("searches", full.limit, "max_pending") from None
 
     async def read(
         self, snapshot: Snapshot, function: Callable[..., Result], *arguments: Any
@@ -301,66 +285,18 @@ class Runtime:
             Problem: queue_full, storage_full, storage_failed, gallery_retired,
                 idempotency_conflict, too_many.
         """
-        async with self.stored():
+        with self.stored():
             future = self.gallery.apply(change)
             # Shielded: a client that goes away must not leave a change half known.
             return await asyncio.shield(asyncio.wrap_future(future))
 
-    @contextlib.asynccontextmanager
-    async def stored(self) -> AsyncIterator[None]:
+    def stored(self) -> contextlib.AbstractContextManager[None]:
         """A block whose storage errors become problems."""
-        try:
-            yield
-        except queue.Full:
-            raise queue_full("changes", self.settings.max_pending, "max_pending") from None
-        except TooManyMatches as error:
-            most = self.settings.max_rows
-            raise over_limit("too_many", "items found", error.count, "max_rows", most) from None
-        except IdempotencyConflict:
-            raise Problem(
-                "idempotency_conflict",
-                "this Idempotency-Key was used for a request with another content; use a new key "
-                "for a new request",
-            ) from None
-        except GalleryRetired as error:
-            raise Problem(
-                "gallery_retired",
-                f"{error}. Nothing was changed; send the request again: once this service runs "
-                "the other bundle, it is answered for that model",
-                retry_after_s=5,
-            ) from None
-        except StorageError as error:
-            code = "storage_full" if error.full else "storage_failed"
-            cure = "free space on its disk" if error.full else "mend what is named"
-            raise Problem(
-                code,
-                f"{error}. Nothing is acknowledged, searches go on; {cure} and send the request "
-                "again",
-                retry_after_s=5,
-            ) from None
+        return storage_problems(self.settings)
 
-    def generation(self) -> dict[str, Any]:
-        """What /info says of the gallery's snapshots on disk."""
-        if not isinstance(self._gallery, LoggedGallery):
-            return {}
-        return {"generation": self._gallery.generation_seq}
-
-    def database(self) -> dict[str, Any]:
-        """What /info says of where the gallery is kept; nothing of a gallery that was given."""
-        if isinstance(self._gallery, MilvusGallery):
-            return {
-                "database": self._gallery.version,
-                "read_only": not self._gallery.is_writer,
-                "staleness_s": round(self._gallery.staleness_s(), 3),
-            }
-        if not isinstance(self._gallery, LoggedGallery):
-            return {}
-        return {
-            "database": self._gallery.database.version,
-            "read_only": self._gallery.is_retired,
-            "staleness_s": round(self._gallery.staleness_s(), 3),
-            "switch": {} if self._switch is None else self._switch.facts(),
-        }
+    def switch_facts(self) -> Mapping[str, Any]:
+        """What /info says of the last change of models."""
+        return {} if self._switch is None else self._switch.facts()
 
     async def _load(self) -> None:
         try:
@@ -394,7 +330,7 @@ class Runtime:
         await self._images.start()
         if self._gallery is None and settings.gallery is not None:
             assert bundle is not None
-            self._gallery = await asyncio.to_thread(self._open_milvus, bundle)
+            self._gallery = await asyncio.to_thread(open_milvus, settings, bundle)
         await asyncio.to_thread(make_state, settings.state)
         self._evaluations = await asyncio.to_thread(
             Evaluations, settings, self.datasets, self.metrics, jobs=self._jobs
@@ -427,73 +363,16 @@ class Runtime:
         return ImagePath(embedder, settings=self.settings, metrics=self.metrics, rates=self.rates)
 
     def _open_beside(self, gallery: Gallery) -> Beside:
-        return Beside(gallery, self.settings, on_progress=self._report_graph)
+        return Beside(gallery, self.settings, on_progress=self.metrics.report_graph)
 
     def _open_gallery(self, bundle: Bundle, log: OperationsLog | None) -> LoggedGallery:
         assert self._database is not None
-        settings = self.settings
-        return LoggedGallery(
-            self._database,
-            bundle,
-            log=log,
-            search=SearchOptions(
-                settings.resolved_search_memory_bytes(),
-                settings.exact_items,
-                settings.snapshot_every,
-            ),
-            follow_interval_s=settings.follow_interval_s,
-            max_staleness_s=settings.max_staleness_s,
-            max_pending=settings.max_pending,
-            idempotency_ttl_s=settings.idempotency_ttl_s,
-        )
-
-    def _open_milvus(self, bundle: Bundle) -> MilvusGallery:
-        settings = self.settings
-        assert settings.gallery is not None
-        make_state(settings.state)  # groupings are kept there
-        return MilvusGallery(
-            open_store(settings.gallery.get_secret_value()),
-            model_id=bundle.model_id,
-            dim=bundle.embedding_dim,
-            imported=bundle.gallery,
-            index=settings.milvus_index,
-            whole_items=settings.milvus_whole_items,
-            max_pending=settings.max_pending,
-            idempotency_ttl_s=settings.idempotency_ttl_s,
-            follow_interval_s=settings.follow_interval_s,
-            max_staleness_s=settings.max_staleness_s,
-        )
+        return open_logged(self.settings, self._database, bundle, log)
 
     def _report_parts(self, serving: Serving) -> None:
-        gallery, embedder = serving.gallery, serving.embedder
-        if isinstance(gallery, LoggedGallery):
-            self.metrics.gallery_staleness.set_function(gallery.staleness_s)
-            self.metrics.gallery_lag.set_function(gallery.lag)
-            self.metrics.generation_seq.set_function(lambda: gallery.generation_seq)
-            self.metrics.log_damaged.set_function(lambda: gallery.is_damaged)
-        elif isinstance(gallery, MilvusGallery):
-            self.metrics.gallery_staleness.set_function(gallery.staleness_s)
-        gallery.on_change(self._report_snapshot)
-        gallery.on_change(self._catch_up.note)
-        self._report_snapshot(gallery.snapshot())
-        self.metrics.build_info.clear()
-        self.metrics.build_info.labels(
-            importlib.metadata.version("invprop"),
-            embedder.model_id,
-            embedder.execution_provider,
-            embedder.precision,
-        ).set(1)
-
-    def _report_snapshot(self, snapshot: Snapshot) -> None:
-        self.metrics.index_vectors.set(len(snapshot))
-        self.metrics.gallery_version.set(snapshot.version)
-        index = snapshot.index()
-        self.metrics.index_bytes.clear()
-        self.metrics.index_bytes.labels(index["index"]).set(index["bytes"])
-
-    def _report_graph(self, version: int, share: float) -> None:
-        self.metrics.graph_version.set(version)
-        self.metrics.graph_progress.set(share)
+        report(serving.gallery, self.metrics)
+        serving.gallery.on_change(self._catch_up.note)
+        self.metrics.report_model(serving.embedder)
 
     async def _close(self) -> None:
         if self._switching is not None:

@@ -26,7 +26,8 @@ from service.gallery.database import Database
 from service.gallery.protocol import GalleryError, StorageError
 from service.gallery.successor import Progress, Successor, SwitchRefused, drop_building
 from service.images import ImagePath
-from service.observability import Metrics, configure_logging
+from service.metrics import Metrics
+from service.observability import configure_logging
 from service.serving import EmbedOriginals, load_embedder
 from service.settings import Settings
 from trainer.representation.bundle import Bundle, BundleError, open_bundle

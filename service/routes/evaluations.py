@@ -75,7 +75,7 @@ async def submit(
             )
             return evaluations.described(job)
 
-        async with runtime.stored():
+        with runtime.stored():
             answer = await runtime.compute(accept)
     response = json_response(answer, status=202)
     response.headers["Location"] = f"/evaluations/{answer['id']}"
@@ -109,7 +109,7 @@ async def list_evaluations(
         more = str(jobs[limit - 1].seq) if len(jobs) > limit else None
         return {"items": [evaluations.described(job) for job in jobs[:limit]], "next": more}
 
-    async with runtime.stored():
+    with runtime.stored():
         return json_response(json_bytes(await runtime.compute(listed)))
 
 
@@ -122,7 +122,7 @@ async def list_evaluations(
 async def get_evaluation(request: Request, evaluation: str) -> Response:
     """With its report once it has succeeded."""
     runtime = runtime_of(request)
-    async with runtime.stored():
+    with runtime.stored():
         found = await runtime.compute(_looked_at, runtime.evaluations, evaluation, True)
     return json_response(json_bytes(found))
 
@@ -145,7 +145,7 @@ async def cancel(request: Request, evaluation: str) -> Response:
             raise not_found(evaluation)
         return runtime.evaluations.described(job)
 
-    async with runtime.stored():
+    with runtime.stored():
         return json_response(json_bytes(await runtime.compute(ask)))
 
 
@@ -176,7 +176,7 @@ async def report(request: Request, evaluation: str) -> Response:
             )
         return found[1]
 
-    async with runtime.stored():
+    with runtime.stored():
         page = await runtime.compute(read)
     headers = {"Content-Security-Policy": _REPORT_POLICY, "X-Frame-Options": "SAMEORIGIN"}
     return Response(page, media_type="text/html; charset=utf-8", headers=headers)
@@ -194,7 +194,7 @@ async def report(request: Request, evaluation: str) -> Response:
 async def events(request: Request, evaluation: str) -> Response:
     """Server-sent events: the evaluation now and whenever it has changed, until it has ended."""
     runtime = runtime_of(request)
-    async with runtime.stored():
+    with runtime.stored():
         first = await runtime.compute(_looked_at, runtime.evaluations, evaluation, False)
     runtime.evaluations.begin_stream()
     return StreamingResponse(
@@ -219,7 +219,7 @@ async def _watched(
             elif (quiet := quiet + 1) % _COMMENT_EVERY == 0:
                 yield b": still here\n\n"
             await asyncio.sleep(_LOOK_S)
-            async with runtime.stored():
+            with runtime.stored():
                 found = await runtime.compute(_looked_at, runtime.evaluations, evaluation, False)
     except Problem:  # the answer has begun: the stream ends, and whoever watches asks again
         return

@@ -74,7 +74,7 @@ async def start_grouping(request: Request) -> Response:
         except QueueFull as full:
             raise queue_full("groupings", full.limit, "groupings_pending") from None
 
-    async with runtime.stored():
+    with runtime.stored():
         grouping = await runtime.compute(ask)
     response = json_response(_described(runtime, grouping), status=202)
     response.headers["Location"] = f"/groupings/{grouping.id}"

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.answers import json_response
+from service.galleries import database_of, generation_of
 from service.openapi import problems
 from service.routes.access import runtime_of
 from service.schemas.groups import MAX_GROUP_K, MAX_GROUP_STEPS
@@ -69,7 +70,7 @@ async def info(request: Request) -> Response:
                 **snapshot.index(),
                 "device": snapshot.device,
                 "exact_items": settings.exact_items,
-                **runtime.generation(),
+                **generation_of(runtime.gallery),
                 "max_k": MAX_K,
                 "max_group_k": MAX_GROUP_K,
                 "max_group_steps": MAX_GROUP_STEPS,
@@ -77,7 +78,7 @@ async def info(request: Request) -> Response:
             "gallery": {
                 "items": len(snapshot),
                 "version": snapshot.version,
-                **runtime.database(),
+                **database_of(runtime.gallery, runtime.switch_facts()),
                 "graph": runtime.graph.status(),
             },
             "limits": {

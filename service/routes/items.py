@@ -61,7 +61,7 @@ async def add_items(
         if idempotency_key:
             digest = await runtime.compute(upload.digest)
             idempotency = Idempotency(idempotency_key, digest)
-            async with runtime.stored():
+            with runtime.stored():
                 snapshot = runtime.gallery.snapshot()
                 done = await runtime.read(snapshot, runtime.gallery.recall, idempotency)
             if done is not None:

@@ -18,7 +18,8 @@ import structlog
 from service.admission import Admit, Rates
 from service.auth import Authorise
 from service.keys import ApiKeys, make_key
-from service.observability import Metrics, ObserveRequests
+from service.metrics import Metrics
+from service.observability import ObserveRequests
 from service.policy import Policy
 from service.settings import Settings
 

@@ -13,7 +13,7 @@ from service.arguments import settings_from_environment
 from service.datasets import open_registry
 from service.doorbell import Doorbell, celery_application
 from service.evaluations import Evaluations
-from service.observability import Metrics
+from service.metrics import Metrics
 from trainer.representation.bundle import open_bundle
 
 

@@ -13,7 +13,7 @@ from service.admission import Admit, Rates, json_bytes_in_memory
 from service.auth import CALLER, Caller
 from service.errors import Problem
 from service.keys import make_key
-from service.observability import Metrics
+from service.metrics import Metrics
 from service.settings import Settings
 
 CALLERS = [Caller(name, "127.0.0.1", False) for name in ("a", "b")]

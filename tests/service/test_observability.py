@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message
 from structlog.testing import capture_logs
 
-from service.observability import Metrics, ObserveRequests, watch_event_loop
+from service.metrics import Metrics
+from service.observability import ObserveRequests, watch_event_loop
 
 # What the design asks for, and what it calls them.
 WANTED = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.observability import Metrics
+from service.metrics import Metrics
 from service.protocol import LINGER_S, MIN_READER_BYTES_PER_S, BoundedConfig, Connections
 from service.settings import Settings
 
