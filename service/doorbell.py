@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from amqp.exceptions import AccessRefused, NotAllowed
+from amqp.exceptions import AccessRefused, AMQPError, NotAllowed
 from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import AuthenticationError
@@ -100,7 +100,7 @@ def celery_application(state: Path, broker: str | None, *, limit_s: float) -> Ce
 
 
 def refusal(application: Celery) -> str | None:
-    """Why the broker does not let the worker in: a wrong password, or none where it wants one.
+    """Why the broker lets nobody in who comes as we do: a wrong password, or none where one is due.
 
     None where it does, and where it cannot be reached: that may change without anybody's doing.
     """
@@ -116,7 +116,7 @@ def refusal(application: Celery) -> str | None:
         else:
             return None
         said = str(refused).rstrip(".")
-        return f"the broker {connection.as_uri()} does not let the worker in: {said}"
+        return f"the broker {connection.as_uri()} refuses the connection: {said}"
 
 
 class Doorbell:
@@ -125,6 +125,17 @@ class Doorbell:
     def __init__(self, application: Celery) -> None:
         self._application = application
 
+    def say_if_refused(self) -> None:
+        """Log it, before somebody waits for an evaluation."""
+        refused = refusal(self._application)
+        if refused is not None:
+            _log.error(
+                "broker_refused",
+                reason=refused,
+                note="evaluations are accepted and wait; INVPROP_BROKER has to give user and "
+                "password",
+            )
+
     def ring(self, job_id: str, queue: str) -> bool:
         """Send a message for a job; False where the broker cannot be reached."""
         assert queue in (CPU, GPU)
@@ -132,7 +143,7 @@ class Doorbell:
             self._application.send_task(
                 TASK, args=[job_id], queue=queue, retry=False, ignore_result=True
             )
-        except (KombuError, OperationalError, OSError) as error:
+        except (KombuError, OperationalError, AMQPError, OSError) as error:
             _log.warning(
                 "broker_unreachable", job=job_id, reason=f"{type(error).__name__}: {error}"
             )

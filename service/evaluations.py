@@ -228,6 +228,7 @@ class Evaluations:
 
     def _look_after(self) -> None:
         interval = min(SWEEP_S, self._settings.evaluation_lease_s / 4)
+        self._doorbell.say_if_refused()
         while True:
             self._look.clear()
             if self._ending:
@@ -248,6 +249,8 @@ class Evaluations:
                     self._metrics.evaluation_workers.labels(queue).set(served)
             except StorageError as error:
                 _log.warning("sweep_failed", reason=str(error), retry_s=interval)
+            except Exception as error:  # noqa: BLE001 - the thread's door: others depend on sweeps
+                _log.error("sweep_failed", exc_info=error, retry_s=interval)
             self._look.wait(wait_s)
 
 

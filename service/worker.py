@@ -207,6 +207,8 @@ class Worker:
                     os._exit(STUCK_EXIT)
             except StorageError as error:
                 _log.warning("sweep_failed", reason=str(error))
+            except Exception as error:  # noqa: BLE001 - the thread's door: it watches, too
+                _log.error("sweep_failed", exc_info=error)
             if self._ending.wait(self._sweep_s):
                 return
 

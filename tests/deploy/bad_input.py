@@ -118,7 +118,7 @@ def _database(report: Report, folder: Path) -> None:
         (where / "database-url").write_text(url)
         (where / "broker-url").write_text("redis://:another@redis:6379/0")
         said = _said(other, "worker-cpu")
-        line_of(report, "wrong password of Redis, worker-cpu", said, "does not let the worker in")
+        line_of(report, "wrong password of Redis, worker-cpu", said, "refuses the connection")
         # The volume of another version.
         other.compose("stop", "postgres")
         change = ("--entrypoint", "sh", "postgres", "-c", "echo 14 > $PGDATA/PG_VERSION")

@@ -9,7 +9,9 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -182,6 +184,46 @@ class RabbitMQ(_Server):
         super().close()
         self._epmd.kill()
         self._epmd.wait()
+
+
+class RefusingAmqp:
+    """An AMQP server that lets nobody in, in the words of RabbitMQ (AMQP 0-9-1, 2.3.5, 4.2.3)."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"amqp://guest:key@127.0.0.1:{self._listener.getsockname()[1]}//"
+        self.asked = 0  # how many connections were refused
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        start = b"\x00\x09" + struct.pack(">I", 0)  # version, properties
+        start += struct.pack(">I", 5) + b"PLAIN" + struct.pack(">I", 5) + b"en_US"
+        reason = b"ACCESS_REFUSED - Login was refused"
+        refusal = struct.pack(">HB", 403, len(reason)) + reason + struct.pack(">HH", 0, 0)
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(5)
+                connection.recv(8)  # "AMQP" and the version
+                connection.sendall(self._method(10, 10, start))
+                connection.recv(4096)  # user and password
+                connection.sendall(self._method(10, 50, refusal))
+                self.asked += 1
+                connection.recv(4096)
+
+    @staticmethod
+    def _method(kind: int, method: int, arguments: bytes) -> bytes:
+        payload = struct.pack(">HH", kind, method) + arguments
+        return struct.pack(">BHI", 1, 0, len(payload)) + payload + b"\xce"
 
 
 def _free_port() -> int:

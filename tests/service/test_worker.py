@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.doorbell import Doorbell, celery_application, refusal
+from service.doorbell import Doorbell, celery_application
 from service.job import CPU, GPU, Request
 from service.jobs import MAX_ATTEMPTS, Jobs
 from service.settings import Settings
@@ -109,18 +109,10 @@ def test_start__that_the_broker_refuses_ends_with_one_line(
     code, said = end_of_start(settings, INVPROP_BROKER=url)
     assert code == 1
     assert re.fullmatch(
-        rf"error: the broker redis://(:\*\*@)?127.0.0.1:{redis.port}/0 does not let the worker in: "
+        rf"error: the broker redis://(:\*\*@)?127.0.0.1:{redis.port}/0 refuses the connection: "
         r".*; INVPROP_BROKER has to give user and password",
         said,
     )
-
-
-def test_refusal__is_none_where_the_broker_lets_us_in_or_is_away(
-    settings: Settings, redis: Redis
-) -> None:
-    away = redis.url.replace(str(redis.port), "1")
-    for url in (redis.url, away, None):
-        assert refusal(celery_application(settings.state, url, limit_s=60)) is None
 
 
 def test_watchdog__ends_a_worker_that_is_connected_and_hears_nothing(
