@@ -1,6 +1,6 @@
 """A program for test_equality.py: runs of a few steps of training, each by any number of ranks.
 
-    python tests/distributed/some_steps.py IMAGES.npz FOLDER JOBS.json
+    python -m tests.distributed.some_steps IMAGES.npz FOLDER JOBS.json
 
 JOBS: a list of `Job` as objects. The ranks of a job are forked from this process, which has
 imported everything once. Writes FOLDER/NAME-RANK.pt: the losses of each step, bank and graph,
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from tests.trainer.tiny_run import without_timings
 from trainer import distributed
 from trainer import pretrain as training
 from trainer import step as module
@@ -32,14 +33,11 @@ from trainer.interruption import Interrupted
 from trainer.launch import Launch
 from trainer.objective import Objective
 from trainer.pretrain import Pretraining, pretrain
-from trainer.readings import PARTS
 from trainer.run_folder import Journal
 from trainer.schedule import Position
 from trainer.session import begin_from, build
 from trainer.sharded_bank import whole_state
 from trainer.stock import CropStock
-
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 
 
 class Job(NamedTuple):
@@ -141,10 +139,7 @@ def _train(images: str, folder: Path, job: Job, launch: Launch) -> None:
         assert not job.stops_after
     torch.save(
         {
-            "lines": [
-                {name: value for name, value in line.items() if name not in TIMINGS}
-                for line in run.journal.lines
-            ],
+            "lines": [without_timings(line) for line in run.journal.lines],
             "losses": torch.tensor(losses),
             "nearest": torch.stack(nearest),
             "digests": torch.stack(digests),

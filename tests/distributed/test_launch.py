@@ -16,27 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.distributed.tiny_ranks import TINY
+from tests.trainer.tiny_run import metrics_of
 from trainer.checkpoint import checkpoints
 from trainer.config import load_recipe
-from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 from trainer.run import main
 
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
-TINY = (
-    "batch_size=8",
-    "device=cpu",
-    "encoder.image_size_px=8",
-    "encoder.dim=8",
-    "bank.num_neighbours=2",
-    "loss.num_background=16",
-    "loss.steps=2",
-    "loss.num_positives=4",
-    "loss.warmup_epochs=1",
-    "monitor.every_epochs=1000",
-    "distributed.timeout_s=20",
-    "export.variants=[]",
-)
 GRACE_S = 30
 Start = Callable[..., Any]
 
@@ -89,11 +75,6 @@ def _state(output: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _figures(output: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
-
-
 @pytest.mark.timeout(300)
 def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(
     images: Path, tmp_path: Path, start: Start
@@ -116,7 +97,7 @@ def test_killed_rank__the_job_goes_on_from_its_checkpoint_to_the_same_end(
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
-    assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "cut")
 
 
 def test_killed_rank__without_restarts_ends_the_job(
@@ -238,8 +219,8 @@ def test_ranks__extend_and_warm_start_together(
     for code, said in _pair(start, free_port(), warm, warm):
         assert code == 0, said
     assert load_recipe(tmp_path / "run" / "recipe.yaml").warm_start == bundle.model_id
-    began, before = _figures(tmp_path / "run")
-    assert began["knn"] == _figures(tmp_path / "first")[-1]["knn"]
+    began, before = metrics_of(tmp_path / "run")
+    assert began["knn"] == metrics_of(tmp_path / "first")[-1]["knn"]
 
     more, other = (
         [each for each in words("run", "--resume", f"epochs={n}") if each != "digits"]
@@ -250,6 +231,6 @@ def test_ranks__extend_and_warm_start_together(
     assert 'the values given is "epochs=2" on rank 0, "epochs=3" on rank 1' in said
     for code, said in _pair(start, free_port(), more, more):
         assert code == 0, said
-    assert _figures(tmp_path / "run")[:2] == [began, before]
-    assert _figures(tmp_path / "run")[2]["lr"] == pytest.approx(0.015)  # half way down two epochs
+    assert metrics_of(tmp_path / "run")[:2] == [began, before]
+    assert metrics_of(tmp_path / "run")[2]["lr"] == pytest.approx(0.015)  # half way down two epochs
     assert open_bundle(tmp_path / "run" / "bundle").manifest["recipe"]["epochs"] == 2

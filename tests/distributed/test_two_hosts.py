@@ -18,22 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from tests.distributed.tiny_ranks import TINY
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "train_multinode.sh"
-WORDS = (
-    "batch_size=8",
-    "device=cpu",
-    "encoder.image_size_px=8",
-    "encoder.dim=8",
-    "bank.num_neighbours=2",
-    "loss.num_background=16",
-    "loss.steps=2",
-    "loss.num_positives=4",
-    "loss.warmup_epochs=1",
-    "monitor.every_epochs=1000",
-    "distributed.timeout_s=20",
-    "export.variants=[]",
-)
 
 
 class Hosts(NamedTuple):
@@ -136,7 +124,7 @@ def _losses(output: Path) -> list[tuple[int, float]]:
 
 
 def _words(images: Path, output: Path, *more: str) -> list[str]:
-    return ["digits", "--data", str(images), "--output", str(output), *WORDS, *more]
+    return ["digits", "--data", str(images), "--output", str(output), *TINY, *more]
 
 
 @pytest.mark.timeout(300)

@@ -12,7 +12,6 @@ and bundle are compared, and the next one is begun. Fails with a traceback; prin
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -31,14 +30,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.trainer.tiny_run import metrics_of
 from trainer import export, session  # noqa: F401   once, before the forks
 from trainer.checkpoint import checkpoints, is_whole
-from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 from trainer.run import _exit
 from trainer.run import main as train
 
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 GRACE_S = 30  # what torchrun and Kubernetes leave a process by default
 TIMEOUT_S = 5  # distributed.timeout_s
 ANY_MOMENT = 0.25  # share of the signals whose moment has nothing to do with the training steps
@@ -238,14 +236,13 @@ def _kind(codes: Sequence[int], said: str) -> str:
 def _outcome(output: Path) -> dict[str, Any]:
     """What a run computed: state, metrics, bundle."""
     newest = checkpoints(output / "checkpoints")[0]
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return {
         "tensors": {
             f"{path.stem}.{name}": tensor
             for path in sorted(newest.glob("*.safetensors"))
             for name, tensor in safetensors.torch.load_file(path).items()
         },
-        "metrics": [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines],
+        "metrics": metrics_of(output),
         "weights": open_bundle(output / "bundle").manifest["files"]["encoder.safetensors"],
     }
 

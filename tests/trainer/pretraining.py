@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.tiny_run import TIMINGS
+from tests.trainer.tiny_run import without_timings
 from trainer.checkpoint import Progress
 from trainer.config import Recipe
 from trainer.datasets import open_source
@@ -76,7 +76,4 @@ def tensors_of(run: Pretraining) -> list[torch.Tensor]:
 
 
 def figures_of(run: Pretraining) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in line.items() if name not in TIMINGS}
-        for line in run.journal.lines
-    ]
+    return [without_timings(line) for line in run.journal.lines]

@@ -13,21 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.trainer.tiny_run import metrics_of
 from trainer.checkpoint import checkpoints
-from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 from trainer.run import main
 
 from .conftest import TINY
 
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 LR = 0.03  # of the recipe `digits`
 Extend = Callable[..., int]
-
-
-def _metrics(output: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
 def _report(output: Path) -> dict[str, Any]:
@@ -81,8 +75,8 @@ def resume(images: Path) -> Extend:
 def test_epochs__more_of_them_extend_a_finished_run(
     finished: Path, extended: Path, resume: Extend, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = _metrics(extended)
-    assert lines[:3] == _metrics(finished)  # to the last digit, with the rates of two epochs
+    lines = metrics_of(extended)
+    assert lines[:3] == metrics_of(finished)  # to the last digit, with the rates of two epochs
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]
     rates = [line["lr"] for line in lines[1:]]
     assert rates == pytest.approx([_cosine(1, 2), _cosine(2, 2), _cosine(3, 4), _cosine(4, 4)])
@@ -98,7 +92,7 @@ def test_epochs__more_of_them_extend_a_finished_run(
     assert capsys.readouterr().out.count("this run is finished") == 2
     assert resume(extended, "epochs=3") == 2
     assert "epochs=3 is less than the 4 that" in capsys.readouterr().err
-    assert _metrics(extended) == lines
+    assert metrics_of(extended) == lines
 
 
 def test_epochs__an_extended_run_that_was_stopped_goes_on_without_a_word(
@@ -108,7 +102,7 @@ def test_epochs__an_extended_run_that_was_stopped_goes_on_without_a_word(
     shutil.rmtree(checkpoints(run / "checkpoints")[0])
     (run / "report.json").write_text(json.dumps(_report(run) | {"status": "training"}))
     assert resume(run) == 0
-    assert _metrics(run) == _metrics(extended)
+    assert metrics_of(run) == metrics_of(extended)
     assert _report(run)["extended"] == _report(extended)["extended"]
     weights = [
         open_bundle(each / "bundle").manifest["files"]["encoder.safetensors"]
@@ -126,16 +120,16 @@ def test_epochs__killed_between_the_recipe_and_the_report_is_no_finished_run(
     said = capsys.readouterr().out
     assert "extending from 2 to 3 epochs" in said
     assert "going on from epoch-0002" in said
-    assert [line["epoch"] for line in _metrics(run)] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in metrics_of(run)] == [0, 1, 2, 3]
     assert _report(run)["extended"][0]["to_epochs"] == 3
 
 
 def test_epochs__more_of_them_extend_a_stopped_run(run: Path, resume: Extend) -> None:
-    before = _metrics(run)
+    before = metrics_of(run)
     shutil.rmtree(checkpoints(run / "checkpoints")[0])
     (run / "report.json").unlink()
     assert resume(run, "epochs=3") == 0
-    lines = _metrics(run)
+    lines = metrics_of(run)
     assert lines[:2] == before[:2]
     rates = [line["lr"] for line in lines[1:]]
     assert rates == pytest.approx([_cosine(1, 2), _cosine(2, 3), _cosine(3, 3)])
@@ -168,5 +162,5 @@ def test_epochs__of_a_finished_run_whose_checkpoints_are_gone(
     assert resume(run, "epochs=4") == 2
     told = "is a finished run of 2 epochs without a checkpoint to extend it from"
     assert told in capsys.readouterr().err
-    assert len(_metrics(run)) == 3
+    assert len(metrics_of(run)) == 3
     assert open_bundle(run / "bundle").model_id == _report(run)["model_id"]

@@ -15,24 +15,18 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.trainer.tiny_run import metrics_of
 from trainer import session, warm_start
 from trainer.checkpoint import TrainingState
 from trainer.config import EncoderConfig, load_recipe
 from trainer.pretrain import Pretraining
-from trainer.readings import PARTS
 from trainer.representation.bundle import WEIGHTS, open_bundle
 from trainer.run import main
 from trainer.warm_start import WarmStartError, open_warm_start
 
 from .conftest import TINY
 
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 Begin = Callable[..., int]
-
-
-def _metrics(output: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
 
 
 def _weights(output: Path) -> dict[str, torch.Tensor]:
@@ -120,8 +114,8 @@ def test_warm_start__stands_in_recipe_report_and_bundle(first: Path, warm: Path)
     assert open_bundle(warm / "bundle").manifest["recipe"]["warm_start"] == _id(first)
     report = json.loads((warm / "report.json").read_text())
     assert report["warm_start"] == {"model_id": _id(first), "bundle": str(first / "bundle")}
-    assert [line["epoch"] for line in _metrics(warm)] == [0, 1, 2]
-    assert _metrics(warm)[0]["knn"] == _metrics(first)[-1]["knn"]
+    assert [line["epoch"] for line in metrics_of(warm)] == [0, 1, 2]
+    assert metrics_of(warm)[0]["knn"] == metrics_of(first)[-1]["knn"]
 
 
 def test_warm_start__resuming_needs_no_word_but_may_repeat_it(
@@ -137,7 +131,7 @@ def test_warm_start__resuming_needs_no_word_but_may_repeat_it(
     (run / "report.json").unlink()
     assert begin(run, "--resume") == 0
     assert "beginning with the weights" not in capsys.readouterr().out
-    assert _metrics(run) == _metrics(warm)
+    assert metrics_of(run) == metrics_of(warm)
 
 
 def test_warm_start__stopped_before_the_first_checkpoint_begins_with_them_again(
@@ -154,7 +148,7 @@ def test_warm_start__stopped_before_the_first_checkpoint_begins_with_them_again(
     assert f"begins with the weights of the bundle {_id(first)}: give --warm-start" in error
     assert begin(run, "--resume", "--warm-start", str(moved)) == 0
     assert f"beginning with the weights of {moved}" in capsys.readouterr().out
-    assert _metrics(run) == _metrics(warm)
+    assert metrics_of(run) == metrics_of(warm)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """The command line of a run of a second, and what it wrote down that equal runs agree in."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.readings import PARTS
 from trainer.representation.bundle import open_bundle
 
-TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
+_TIMINGS = ("images_per_s", *(f"{part}_share" for part in PARTS))
 
 
 def tiny_run(overrides: Sequence[str], data: Path | str, output: Path, *more: str) -> list[str]:
@@ -17,7 +17,12 @@ def tiny_run(overrides: Sequence[str], data: Path | str, output: Path, *more: st
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: v for name, v in line.items() if name not in TIMINGS} for line in lines]
+    return [without_timings(line) for line in lines]
+
+
+def without_timings(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what no two runs agree in."""
+    return {name: value for name, value in line.items() if name not in _TIMINGS}
 
 
 def published_by(output: Path) -> dict[str, Any]:
