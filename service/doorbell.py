@@ -20,6 +20,7 @@ from service.job import CPU, GPU
 TASK = "invprop.evaluate"
 BROKER_DIRECTORY = "broker"
 SCHEMES = ("filesystem", "redis", "rediss", "amqp", "amqps")
+_FILES = "filesystem://"
 _CONNECT_TIMEOUT_S = 1.5
 
 _log = structlog.get_logger("service.evaluations")
@@ -72,7 +73,7 @@ def celery_application(state: Path, broker: str | None, *, limit_s: float) -> Ce
             "retry_on_timeout": True,
         }
     application.conf.update(
-        broker_url="filesystem://" if scheme == "filesystem" else broker,
+        broker_url=_FILES if scheme == "filesystem" else broker,
         broker_transport_options=options,
         broker_connection_timeout=_CONNECT_TIMEOUT_S,
         broker_connection_retry_on_startup=True,
@@ -104,6 +105,8 @@ def refusal(application: Celery) -> str | None:
 
     None where it does, and where it cannot be reached: that may change without anybody's doing.
     """
+    if application.conf.broker_url == _FILES:
+        return None
     with application.connection_for_read() as connection:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0)
