@@ -6,6 +6,7 @@ Run: pytest tests/trainer/test_stock.py
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ def test_stock__uses_few_blocks_again_and_leaves_none_behind(
 
     monkeypatch.setattr(module, "SharedBlock", counting)
     found = _survey(open_source(str(pictures(20))))
+    resource_tracker.ensure_running()  # begun by the first pool of a process, it holds one as well
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with DecodePool(1) as pool:
         stock = _stock(found, pool)
