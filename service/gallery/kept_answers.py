@@ -71,6 +71,10 @@ def recalled(kept: Remembered, asked: Idempotency) -> Applied:
     """
     if kept.digest != asked.digest:
         raise IdempotencyConflict(asked.key)
-    answer: dict[str, Any] = orjson.loads(kept.answer)
-    missing, rejected = tuple(answer.pop("missing")), tuple(answer.pop("rejected"))
-    return Applied(**answer, missing=missing, rejected=rejected)
+    return applied_of(orjson.loads(kept.answer))
+
+
+def applied_of(answer: Mapping[str, Any]) -> Applied:
+    """An answer that was kept as JSON."""
+    lists = {name: tuple(answer[name]) for name in ("missing", "rejected")}
+    return Applied(**{**answer, **lists})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
+from service.gallery.kept_answers import applied_of
 from service.gallery.milvus_language import VALUE_BYTES, Index, terms_of
 from service.gallery.protocol import Applied, GalleryError, Idempotency, IdempotencyConflict, Item
 
@@ -111,9 +112,7 @@ def recall(store: "Store", asked: Idempotency, *, not_before_ms: int) -> Applied
     kept = orjson.loads(text)
     if kept["digest"] != asked.digest:
         raise IdempotencyConflict(asked.key)
-    answer: dict[str, Any] = kept["answer"]
-    missing, rejected = tuple(answer.pop("missing")), tuple(answer.pop("rejected"))
-    return Applied(**answer, missing=missing, rejected=rejected)
+    return applied_of(kept["answer"])
 
 
 def remember(
