@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.doorbell import Doorbell, celery_application
-from service.job import CPU, GPU, Request
+from service.job import CPU, GPU, Request, Swept
 from service.jobs import MAX_ATTEMPTS, Jobs
 from service.settings import Settings
 from service.worker import STUCK_EXIT, Worker
@@ -113,6 +114,30 @@ def test_start__that_the_broker_refuses_ends_with_one_line(
         r".*; INVPROP_BROKER has to give user and password",
         said,
     )
+
+
+def test_worker__goes_on_sweeping_after_a_defect(
+    jobs: Jobs, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, calls, again = Jobs.sweep, [0], threading.Event()
+
+    def failing(table: Jobs) -> Swept:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise RuntimeError("a defect")
+        again.set()
+        return sweep(table)
+
+    monkeypatch.setattr(Jobs, "sweep", failing)
+    application = celery_application(settings.state, None, limit_s=60)
+    worker = Worker(settings, application, sweep_s=0.05)
+    with capture_logs() as logs:
+        worker.begin([CPU])
+        try:
+            assert again.wait(WAIT_S)
+        finally:
+            worker.end()
+    assert [str(e["exc_info"]) for e in logs if e["event"] == "sweep_failed"] == ["a defect"]
 
 
 def test_watchdog__ends_a_worker_that_is_connected_and_hears_nothing(
